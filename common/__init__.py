@@ -1,0 +1,1 @@
+"""The small shared base beneath the per-task scripts: model, data path, training, evaluation."""

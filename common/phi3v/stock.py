@@ -1,0 +1,61 @@
+"""Every import of a moving internal of transformers, in one place.
+
+The rest of the package imports transformers' names from here only; when a release moves one of
+them, this is the file to mend. Tested with the versions named in `requirements.txt` (the lower
+bounds) and `constraints.txt` (what CI runs).
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationMixin,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
+    Phi3PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin
+from transformers.utils.hub import cached_file as find_file
+
+
+def register_with_auto_classes(config, base_model, causal_lm, image_processor, processor) -> None:
+    """Make the Auto classes resolve `model_type` "phi3_v" to this package."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, base_model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    AutoImageProcessor.register(config, image_processor, exist_ok=True)
+    AutoProcessor.register(config, processor, exist_ok=True)
+
+
+__all__ = [
+    "ROPE_INIT_FUNCTIONS",
+    "AutoTokenizer",
+    "BaseImageProcessor",
+    "BaseModelOutputWithPast",
+    "BatchFeature",
+    "CLIPVisionConfig",
+    "CLIPVisionModel",
+    "CausalLMOutputWithPast",
+    "GenerationMixin",
+    "ImagesKwargs",
+    "Phi3Config",
+    "Phi3ForCausalLM",
+    "Phi3Model",
+    "Phi3PreTrainedModel",
+    "Phi3RotaryEmbedding",
+    "ProcessorMixin",
+    "find_file",
+    "register_with_auto_classes",
+]
