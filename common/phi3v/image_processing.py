@@ -144,12 +144,14 @@ class Phi3VImageProcessor(BaseImageProcessor):
             raise ValueError(f'return_tensors is "{return_tensors}"; only "pt" is offered')
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         limit = self.num_crops if num_crops is None else num_crops
+        if limit < 1:
+            raise ValueError(f"num_crops is {limit}; it must be at least 1")
         crops, sizes, token_counts = [], [], []
         for position, picture in enumerate(pictures):
             try:
                 layout = plan_layout(*picture.size, limit)
                 padded = self.resize_and_pad(picture, layout)
-            except (ValueError, OSError, SyntaxError) as error:
+            except (ValueError, OSError, SyntaxError, RuntimeError) as error:
                 name = getattr(picture, "filename", "") or f"image {position + 1} of {len(pictures)}"
                 raise ValueError(f"{name}: {error}") from error
             crops.append(self.cut(self.normalize(padded)))

@@ -281,6 +281,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
     """`Phi3VModel` with the language-model head, `generate`, and the recipe's loss."""
 
+    # Tells transformers' Trainer that the loss is a mean over examples already: it must average over
+    # micro-batches and not count label tokens, which would weight long answers more.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: Phi3VConfig) -> None:
         super(Phi3ForCausalLM, self).__init__(config)
         self.model = Phi3VModel(config)
@@ -318,6 +322,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             positions (each example counts once, however long its answer); `logits` (batch, kept
             positions, vocabulary) without labels; the cache.
         """
+        if labels is not None and use_cache is None:
+            use_cache = False  # nothing is generated from a training step
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

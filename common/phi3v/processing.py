@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "chat_template.jinja",
 )
 # Arguments that say where a file comes from; the same for both parts.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -109,26 +110,29 @@ class Phi3VProcessor(ProcessorMixin):
         return self.pad(encoded, padding_side=padding_side)
 
     def encode(
-        self, text: str, images: Sequence[Image.Image], num_crops: int | None = None, add_special_tokens: bool = True
+        self, text: str, images: Sequence[Image.Image], num_crops: int | None = None, first_tag: int = 1
     ) -> BatchFeature:
         """One prompt, not padded.
+
+        Args:
+            first_tag: the number of the first picture's tag, for a later turn of a conversation.
 
         Returns:
             `input_ids` (seq,), and with pictures `pixel_values` (crops, 3, 336, 336), `image_sizes` (images, 2).
         """
         numbers = [int(number) for number in IMAGE_TAG.findall(text)]
-        if sorted(numbers) != list(range(1, len(images) + 1)):
+        if sorted(numbers) != list(range(first_tag, first_tag + len(images))):
             tags = ", ".join(f"<|image_{number}|>" for number in numbers) or "none"
             raise ValueError(
                 f"the prompt has {len(numbers)} image tags ({tags}) and {len(images)} images; "
-                "tags must be numbered from 1 and stand exactly once each"
+                f"tags must be numbered from {first_tag} and stand exactly once each"
             )
         # in the order of the tags, so that every tag meets its own picture's features
-        features = self.image_processor([images[number - 1] for number in numbers], num_crops=num_crops)
-        chunks = IMAGE_TAG.sub("\0", text).split("\0")
+        features = self.image_processor([images[number - first_tag] for number in numbers], num_crops=num_crops)
+        chunks = IMAGE_TAG.split(text)[::2]  # every second one is a tag's number
         input_ids: list[int] = []
         for position, chunk in enumerate(chunks):
-            input_ids += self.tokenizer(chunk, add_special_tokens=add_special_tokens).input_ids
+            input_ids += self.tokenizer(chunk).input_ids
             if position < len(numbers):
                 input_ids += [self.image_token_id] * int(features["num_img_tokens"][position])
         data = {"input_ids": torch.tensor(input_ids, dtype=torch.long)}

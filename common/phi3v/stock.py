@@ -35,8 +35,17 @@ def register_with_auto_classes(config, base_model, causal_lm, image_processor, p
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, base_model, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-    AutoImageProcessor.register(config, image_processor, exist_ok=True)
+    # under both backends' names: asked for the one that is not there, transformers would warn
+    backends = {"torchvision": image_processor, "pil": image_processor}
+    AutoImageProcessor.register(config, image_processor_classes=backends, exist_ok=True)
     AutoProcessor.register(config, processor, exist_ok=True)
+
+
+def enable_activation_checkpointing(model) -> None:
+    """Recompute every layer in the backward pass, without re-entering autograd (as published)."""
+    # renamed between the oldest and the newest release that the tests cover
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 __all__ = [
@@ -56,6 +65,7 @@ __all__ = [
     "Phi3PreTrainedModel",
     "Phi3RotaryEmbedding",
     "ProcessorMixin",
+    "enable_activation_checkpointing",
     "find_file",
     "register_with_auto_classes",
 ]

@@ -1,0 +1,262 @@
+"""The options that all scripts share, in groups; their validation, all problems reported at once.
+
+A script adds its own options to the parser that `make_parser` returns and calls `parse_options`,
+which checks every option before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import raise_all
+
+MAX_NUM_CROPS = 16
+
+# What a run leaves in its output folder; one of them there means that another run has used it.
+RUN_FILES = ("eval_*.json", "train_log.jsonl", "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the weights are kept in and what the computation runs in.
+
+    Attributes:
+        name: "bf16", "fp16" or "fp32".
+        weights: of the model as loaded.
+        autocast: the computation's, where it differs from the weights'; else None.
+    """
+
+    name: str
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+
+def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.ArgumentParser:
+    """The parser with the shared options; names and defaults are the published recipe's.
+
+    Args:
+        description: of the script, for `--help`.
+        num_crops: the script's default for `--num_crops`.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    model = parser.add_argument_group("model and method")
+    model.add_argument(
+        "--model_name_or_path", default="microsoft/Phi-3.5-vision-instruct", help="hub id or folder (%(default)s)"
+    )
+    model.add_argument("--use_lora", action="store_true", help="train low-rank adapters instead of the weights")
+    model.add_argument("--use_qlora", action="store_true", help="adapters over weights quantised to NF4")
+    model.add_argument("--lora_rank", type=int, default=64, help="(%(default)s)")
+    model.add_argument("--lora_alpha_ratio", type=float, default=2, help="alpha is rank x ratio (%(default)s)")
+    model.add_argument("--lora_dropout", type=float, default=0.0, help="(%(default)s)")
+    model.add_argument(
+        "--freeze_vision_model",
+        action="store_true",
+        help="train the decoder only: tower, projection, separators and token embeddings stay",
+    )
+    model.add_argument("--bf16", action="store_true", help="bfloat16 (else float16 on CUDA, float32 on CPU)")
+    model.add_argument(
+        "--use_flash_attention", action="store_true", help="flash-attn where installed, else PyTorch's flash kernel"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", help="a local copy of the data, instead of the hub")
+    data.add_argument(
+        "--num_crops", type=int, default=num_crops, help="most sub-images per picture, 1 to 16 (%(default)s)"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", default="./output/", help="(%(default)s)")
+    training.add_argument("--batch_size", type=int, default=16, help="examples per step, all GPUs (%(default)s)")
+    training.add_argument("--batch_size_per_gpu", type=int, default=1, help="examples at once on a GPU (%(default)s)")
+    training.add_argument("--num_train_epochs", type=int, default=1, help="(%(default)s)")
+    training.add_argument("--max_steps", type=int, help="stop after so many steps, whatever the epochs")
+    training.add_argument("--learning_rate", type=float, default=4e-5, help="the peak (%(default)s)")
+    training.add_argument("--warmup_steps", type=int, default=50, help="steps to reach the peak (%(default)s)")
+    training.add_argument("--wd", type=float, default=0.01, help="weight decay (%(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="of data order, draws and adapters (%(default)s)")
+    training.add_argument(
+        "--no-gradient_checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="keep all activations: faster, more memory",
+    )
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
+    evaluation.add_argument("--eval_steps", type=int, help="also evaluate every so many steps")
+    evaluation.add_argument("--eval_limit", type=int, help="evaluate the first so many examples only")
+    rare = parser.add_argument_group("rarely needed")
+    rare.add_argument("--eval_batch_size_per_gpu", type=int, default=4, help="prompts generated at once (%(default)s)")
+    rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
+    rare.add_argument("--deepspeed", default="ds_configs/zero2.json", help="for full fine-tuning (%(default)s)")
+    rare.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, … (%(default)s)")
+    rare.add_argument("--num_workers", type=int, default=4, help="loader processes per GPU (%(default)s)")
+    rare.add_argument("--logging_steps", type=int, default=10, help="steps between two lines of the log (%(default)s)")
+    rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
+    return parser
+
+
+def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16: bool = False) -> argparse.Namespace:
+    """Parse, fill in what one option implies of another, and check every option.
+
+    Args:
+        flash_attention_implies_bf16: as published for NLVR2 and UCF-101.
+
+    Returns:
+        The options, with `precision`, `method`, `accumulation`, `num_processes`, `attention` and
+        `device` added.
+
+    Raises:
+        UserError: with all problems at once, before anything is loaded.
+    """
+    options = parser.parse_args()
+    options.use_lora = options.use_lora or options.use_qlora
+    if options.use_flash_attention and flash_attention_implies_bf16:
+        options.bf16 = True
+    options.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.method = _method(options)
+    options.precision = choose_precision(options)
+    options.output_dir = Path(options.output_dir)
+    problems = _number_problems(options) + _attention_problems(options) + _file_problems(options)
+    raise_all(problems)
+    options.accumulation = options.batch_size // (options.num_processes * options.batch_size_per_gpu)
+    options.attention = choose_attention(options)
+    return options
+
+
+def _method(options: argparse.Namespace) -> str:
+    if options.use_qlora:
+        return "qlora"
+    if options.use_lora:
+        return "lora"
+    return "frozen" if options.freeze_vision_model else "full"
+
+
+def choose_precision(options: argparse.Namespace) -> Precision:
+    """Full fine-tuning keeps half-precision weights (ZeRO holds float32 masters of them); adapters keep the
+    base in bfloat16, or in float32 under float16 autocast, whose scaler needs float32 gradients."""
+    if options.bf16:
+        return Precision("bf16", torch.bfloat16, torch.bfloat16 if options.use_lora else None)
+    if options.device == "cpu":
+        return Precision("fp32", torch.float32, None)
+    if options.use_lora:
+        return Precision("fp16", torch.float32, torch.float16)
+    return Precision("fp16", torch.float16, None)
+
+
+def choose_attention(options: argparse.Namespace) -> str:
+    """The attention implementation for transformers: flash-attn where asked for and installed, else sdpa."""
+    if not options.use_flash_attention:
+        return "sdpa"
+    return "flash_attention_2" if _has_flash_attn() else "sdpa"
+
+
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
+
+
+def _number_problems(options: argparse.Namespace) -> list[str]:
+    problems = []
+    if not 1 <= options.num_crops <= MAX_NUM_CROPS:
+        problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
+    at_least_one = ("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps")
+    for name in (*at_least_one, "eval_batch_size_per_gpu", "max_steps", "eval_steps", "eval_limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: it must be at least 1")
+    for name in ("warmup_steps", "wd", "num_workers", "seed"):
+        if getattr(options, name) < 0:
+            problems.append(f"--{name} {getattr(options, name)}: it must not be negative")
+    for name in ("learning_rate", "lora_alpha_ratio"):
+        if not 0 < getattr(options, name) < float("inf"):
+            problems.append(f"--{name} {getattr(options, name)}: it must be above 0")
+    if not 0 <= options.lora_dropout < 1:
+        problems.append(f"--lora_dropout {options.lora_dropout}: it must be at least 0 and under 1")
+    at_once = options.num_processes * options.batch_size_per_gpu
+    if options.batch_size > 0 and at_once > 0 and options.batch_size % at_once:
+        problems.append(
+            f"--batch_size {options.batch_size} cannot be divided over {options.num_processes} processes x "
+            f"--batch_size_per_gpu {options.batch_size_per_gpu} = {at_once}: give a multiple of {at_once}"
+        )
+    return problems
+
+
+def _attention_problems(options: argparse.Namespace) -> list[str]:
+    if options.use_flash_attention and options.device == "cpu":
+        return ["--use_flash_attention needs a CUDA GPU and there is none: leave the option out"]
+    if options.device == "cpu":
+        return []
+    problems = []
+    capability = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if options.use_flash_attention and capability < (8, 0):
+        problems.append(
+            f"--use_flash_attention needs compute capability 8.0 (Ampere) and {name} has "
+            f"{capability[0]}.{capability[1]}: leave the option out"
+        )
+    if options.bf16 and capability < (8, 0):
+        problems.append(
+            f"--bf16 needs compute capability 8.0 (Ampere) and {name} has {capability[0]}.{capability[1]}: "
+            "leave the option out to train in fp16"
+        )
+    return problems
+
+
+def _file_problems(options: argparse.Namespace) -> list[str]:
+    problems = []
+    if options.data_dir is not None and not Path(options.data_dir).exists() and options.data_dir.count("/") != 1:
+        problems.append(f"--data_dir {options.data_dir}: there is no such folder")
+    if options.method in ("full", "frozen") and not options.eval_only:
+        problems += _deepspeed_problems(options)
+    return problems + _output_problems(options)
+
+
+def deepspeed_file(options: argparse.Namespace) -> Path:
+    """The DeepSpeed configuration: as given, or beside the scripts."""
+    given = Path(options.deepspeed)
+    return given if given.is_file() else Path(__file__).resolve().parent.parent / given
+
+
+def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
+    file = deepspeed_file(options)
+    if not file.is_file():
+        return [f"--deepspeed {options.deepspeed}: there is no such file"]
+    try:
+        stage = json.loads(file.read_text())["zero_optimization"]["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"--deepspeed {options.deepspeed}: no JSON with zero_optimization.stage ({error})"]
+    if stage == 3 and options.eval_steps:
+        return ["--eval_steps does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"]
+    return []
+
+
+def _output_problems(options: argparse.Namespace) -> list[str]:
+    folder = options.output_dir
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return [f"--output_dir {folder} cannot be written ({error}): choose a folder that this user may write to"]
+    if options.eval_only:
+        return []
+    if folder.resolve() == Path(options.model_name_or_path).resolve():
+        return [f"--output_dir {folder} is the checkpoint that training starts from: choose another"]
+    # Only the first process looks: by the time another one does, the run itself may have begun to write.
+    if int(os.environ.get("RANK", "0")) == 0 and not options.overwrite:
+        found = [file.name for file in files_of_run(folder)]
+        if found:
+            return [f"--output_dir {folder} holds another run ({', '.join(found)}): choose another, or add --overwrite"]
+    return []
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """What a run has left in its output folder."""
+    return sorted(file for pattern in RUN_FILES for file in folder.glob(pattern))

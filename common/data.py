@@ -1,0 +1,206 @@
+"""Rows of a data set on the hub or on disk, and the examples that are made of them.
+
+Images stay encoded until an example is asked for: a row costs what its bytes cost, and a picture
+that cannot be decoded is reported with its data set, split and row.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow.parquet as parquet
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from .collation import Example
+from .errors import UserError
+
+# How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
+SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split of one data set, its images undecoded."""
+
+    source: str
+    split: str
+    table: datasets.Dataset
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table[index]
+
+    @property
+    def columns(self) -> set[str]:
+        """The names of the columns."""
+        return set(self.table.column_names)
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.source}, split {self.split}, row {index}"
+
+    def first(self, count: int | None) -> Rows:
+        """The first `count` rows; all of them where it is None."""
+        return self if count is None or count >= len(self) else self.select(range(count))
+
+    def select(self, indices: Iterable[int]) -> Rows:
+        """Some of the rows, in the order given."""
+        return Rows(self.source, self.split, self.table.select(list(indices)))
+
+
+def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option: str) -> Rows:
+    """Load a split from the hub or from disk.
+
+    Args:
+        source: a hub id, with a configuration where the data set has several (`ID:CONFIG`), a folder
+            of parquet files, one parquet file, or a folder written by `datasets`' `save_to_disk`.
+        split: `train`, `validation` or `test`.
+        layouts: the known sets of columns; the rows must have all columns of one of them.
+        option: the option that names the source, for messages.
+
+    Raises:
+        UserError: a folder that is missing or holds no data, a split that is not there, a hub that
+            cannot be reached, columns of no known layout, no rows.
+    """
+    path = Path(source).expanduser()
+    table = _load_local(path, split, option) if path.exists() else _load_from_hub(source, split, option)
+    if not any(set(layout) <= set(table.column_names) for layout in layouts):
+        known = "; ".join("+".join(layout) for layout in layouts)
+        raise UserError(
+            f"{source}, split {split}, has the columns {sorted(table.column_names)}; {option} needs {known}"
+        )
+    if len(table) == 0:
+        raise UserError(f"{source}, split {split}, is empty: give {option} a data set with rows")
+    return Rows(source, split, _leave_images_encoded(table))
+
+
+def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    if (path / "dataset_dict.json").is_file():
+        tables = datasets.load_from_disk(str(path))
+        if split not in tables:
+            raise UserError(f"{option} {path} has the splits {sorted(tables)}, not {split}")
+        return tables[split]
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"{option} {path} holds no parquet files and no folder saved by datasets")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        stem = file.name.removesuffix(".parquet").split("-")[0].split("_")[0].split(".")[0]
+        by_split.setdefault(SPLIT_NAMES.get(stem, split), []).append(str(file))
+    if split not in by_split:
+        raise UserError(f"{option} {path} has the splits {sorted(by_split)}, not {split}")
+    try:
+        if not any(parquet.read_metadata(file).num_rows for file in by_split[split]):
+            raise UserError(f"{path}, split {split}, is empty: give {option} a data set with rows")
+        return datasets.Dataset.from_parquet(by_split[split])
+    except UserError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"{option} {path}: {by_split[split]} cannot be read: {_one_line(error)}") from error
+
+
+def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"{option} {source}: there is no such file or folder")
+    name, _, configuration = source.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except ValueError as error:  # an unknown configuration or split: the library's message lists those there are
+        raise UserError(f"{option} {source}: {_one_line(error)} (a configuration is named ID:CONFIG)") from error
+    except Exception as error:  # the hub's errors are of many kinds: connection, time-out, not found, gated
+        raise UserError(
+            f"the data set {source} could not be fetched from the hub ({type(error).__name__}: {_one_line(error)}); "
+            f"give a local copy with --data_dir or {option}, or try `make demo`, which needs no network"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _leave_images_encoded(table: datasets.Dataset) -> datasets.Dataset:
+    encoded = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, encoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, datasets.List(encoded))
+    return table
+
+
+def decode_image(cell: Any, place: str) -> Image.Image:
+    """An image column's cell -> a decoded PIL image of the file's own mode.
+
+    Args:
+        cell: `{"bytes": …, "path": …}` as image columns hold it, or a PIL image.
+        place: where it stands, for the message.
+
+    Raises:
+        UserError: no image there, or a file that cannot be decoded.
+    """
+    if isinstance(cell, Image.Image):
+        return cell
+    content = (cell or {}).get("bytes")
+    path = (cell or {}).get("path")
+    if content is None and path is None:
+        raise UserError(f"{place}: there is no image")
+    try:
+        image = Image.open(io.BytesIO(content) if content is not None else path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        size = "" if content is None else f" ({len(content)} bytes)"
+        raise UserError(f"{place}: the image{size} cannot be decoded: {_one_line(error)}") from error
+    return image
+
+
+class ExampleKey(NamedTuple):
+    """What the sampler asks the data set for."""
+
+    index: int
+    epoch: int
+    weight: float
+
+
+class ExampleDataset(torch.utils.data.Dataset):
+    """Examples by number; whatever is drawn by chance depends on the seed, the epoch and the number alone.
+
+    So an epoch can be begun anywhere, by any process, and draws the same.
+
+    Args:
+        size: how many examples an epoch has.
+        make_example: (number, random generator) -> the example.
+        encode: the example -> what the collator takes; runs in the loader's workers.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        make_example: Callable[[int, random.Random], Example],
+        encode: Callable[[Example], dict[str, Any]],
+        seed: int = 0,
+    ) -> None:
+        self.size = size
+        self.make_example = make_example
+        self.encode = encode
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: ExampleKey | int) -> dict[str, Any]:
+        index, epoch, weight = key if isinstance(key, tuple) else (key, 0, 1.0)
+        generator = random.Random(f"{self.seed}-{epoch}-{index}")
+        return {**self.encode(self.make_example(index, generator)), "loss_weight": weight}

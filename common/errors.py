@@ -1,0 +1,49 @@
+"""The error that is the user's to mend: one line, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+
+class UserError(ValueError):
+    """Something in the options, the data or the checkpoint; its message says what, where and what to do.
+
+    A loader's worker process hands an error on as a text with its traceback; the last line of that
+    text is the message as it was raised, and that is what is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        prefix = f"{type(self).__module__}.{type(self).__name__}: "
+        lines = message.strip().splitlines() or [""]
+        super().__init__(lines[-1].removeprefix(prefix) if prefix in message else message)
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise one `UserError` that lists every problem; nothing where there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; torchrun's summary shows the first process's error.
+
+    A `UserError` ends the script with exit code 2 and its message alone, on the first process only.
+    """
+
+    @record
+    def guarded() -> None:
+        try:
+            main()
+        except UserError as error:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    guarded()

@@ -1,0 +1,123 @@
+"""Sharded, batched greedy generation, gathered in order; the `eval_*.json` files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .collation import Example, collate, encode_example
+from .loading import end_token_ids
+from .phi3v import Phi3VProcessor
+
+MAX_NEW_TOKENS = 64  # as published
+
+
+class _Prompts(torch.utils.data.Dataset):
+    """This process's share of the examples, encoded without their answers in the loader's workers."""
+
+    def __init__(
+        self, make_example: Callable[[int], Example], indices: Sequence[int], processor: Phi3VProcessor
+    ) -> None:
+        self.make_example, self.indices, self.processor = make_example, indices, processor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return encode_example(self.processor, self.make_example(self.indices[position]), with_answer=False)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: torch.nn.Module,
+    processor: Phi3VProcessor,
+    count: int,
+    make_example: Callable[[int], Example],
+    options: argparse.Namespace,
+    title: str = "evaluate",
+) -> list[str]:
+    """Greedy answers to the last turn of every example.
+
+    Every process generates its share, in batches padded on the left; the answers are gathered, so
+    that every process returns all of them, in order, each example's exactly once.
+
+    Args:
+        count: how many examples there are.
+        make_example: number -> example; called in worker processes.
+        options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device` and `tqdm` count.
+        title: of the progress bar.
+
+    Returns:
+        `count` texts, special tokens dropped, at most 64 tokens long.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    indices = range(rank, count, world)
+    loader = torch.utils.data.DataLoader(
+        _Prompts(make_example, indices, processor),
+        batch_size=options.eval_batch_size_per_gpu,
+        num_workers=min(options.num_workers, max(1, len(indices) // options.eval_batch_size_per_gpu)),
+        collate_fn=lambda encoded: collate(processor, encoded, padding_side="left"),
+    )
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    with _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
+        for batch in loader:
+            inputs = {
+                name: batch[name].to(options.device)
+                for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+                if name in batch
+            }
+            output = model.generate(
+                **inputs,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=end_token_ids(processor),
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            answers += processor.batch_decode(new_tokens, skip_special_tokens=True)
+            progress.update(min(world * len(new_tokens), count - progress.n))
+    model.train(was_training)
+    return _gather_in_order(answers, world)
+
+
+def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    if options.precision.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(options.device).type, dtype=options.precision.autocast)
+
+
+def _gather_in_order(answers: list[str], world: int) -> list[str]:
+    """Process r holds the answers to examples r, r + world, …; deal them back."""
+    if world == 1:
+        return answers
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, answers)
+    longest = max(len(share) for share in shares)
+    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]
+
+
+def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+    """Write one evaluation on the first process: the totals and every example.
+
+    The file is written beside and renamed, so that it is whole or absent.
+    """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **totals, "examples": list(examples)}
+    written.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(written, path)

@@ -1,0 +1,164 @@
+"""A checkpoint -> processor and model, ready for full, frozen-vision, LoRA or QLoRA training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from .errors import UserError
+from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from .phi3v.stock import enable_activation_checkpointing, find_file
+
+END_TOKENS = ("<|end|>", "<|endoftext|>")
+
+# The modules that LoRA adapts, as published; layers of the tower that are never run are left out.
+DECODER_TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
+PROJECTION_TARGETS = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
+TOWER_TARGETS = (
+    r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers\.({layers})"
+    r"\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+)
+
+
+def check_checkpoint(name_or_path: str) -> Path | None:
+    """Find out, before any weight is read, whether this is a Phi-3.5-vision checkpoint or an adapter of one.
+
+    Returns:
+        The path of its `adapter_config.json` where it holds an adapter.
+
+    Raises:
+        UserError: nothing there, or a checkpoint of another model type.
+    """
+    try:
+        adapter = find_file(name_or_path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+        if adapter is not None:
+            return Path(adapter)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        what = "is not a checkpoint folder" if Path(name_or_path).exists() else "could not be fetched from the hub"
+        raise UserError(
+            f"--model_name_or_path {name_or_path} {what} ({' '.join(str(error).split())[:200]}); "
+            "give a local checkpoint folder, or try `make demo`, which needs no network"
+        ) from error
+    if not isinstance(config, Phi3VConfig):
+        raise UserError(
+            f'--model_name_or_path {name_or_path} is a "{config.model_type}" model; this recipe trains "phi3_v" '
+            "(microsoft/Phi-3.5-vision-instruct, microsoft/Phi-3-vision-128k-instruct and their fine-tunes)"
+        )
+    return None
+
+
+def load_processor(options: argparse.Namespace) -> Phi3VProcessor:
+    """The checkpoint's processor, cutting pictures into at most `--num_crops` sub-images."""
+    return Phi3VProcessor.from_pretrained(options.model_name_or_path, num_crops=options.num_crops)
+
+
+def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VForCausalLM | PeftModel:
+    """A checkpoint, or an adapter on the base it names, on this process's device.
+
+    Args:
+        name_or_path: hub id or folder.
+        options: `precision`, `attention`, `device` and `use_qlora` (the base's weights in NF4) count.
+
+    Raises:
+        UserError: see `check_checkpoint`.
+        ValueError: missing or unexpected weights.
+    """
+    adapter = check_checkpoint(str(name_or_path))
+    base = str(name_or_path)
+    if adapter is not None:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        check_checkpoint(base)
+    # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
+    # training begins, and evaluation before and after is the same for every method.
+    unset_hf_deepspeed_config()
+    arguments = {"dtype": options.precision.weights, "attn_implementation": options.attention}
+    if options.use_qlora:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=options.precision.autocast or options.precision.weights,
+        )
+        arguments["device_map"] = {"": options.device}
+    model = Phi3VForCausalLM.from_pretrained(base, **arguments)
+    if options.use_qlora:
+        _keep_gradients_after_evaluation(model)
+    else:
+        model.to(options.device)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=not options.eval_only)
+    return model
+
+
+def _keep_gradients_after_evaluation(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking NF4 weights at evaluation on CPUs with AVX512-BF16.
+
+    After the repacking it skips the base weights' part of the gradient in silence (seen with 0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def prepare_for_training(
+    model: Phi3VForCausalLM, processor: Phi3VProcessor, options: argparse.Namespace
+) -> Phi3VForCausalLM | PeftModel:
+    """Choose what trains: everything, all but the vision side, or adapters."""
+    # what `generate` stops at by default, also in the saved generation_config.json
+    model.generation_config.eos_token_id = end_token_ids(processor)
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if options.gradient_checkpointing:
+        enable_activation_checkpointing(model)
+    if isinstance(model, PeftModel):
+        return model
+    if options.use_lora:
+        return add_adapters(model, options)
+    vision = model.model.vision_embed_tokens
+    tower = vision.img_processor
+    # No gradient ever reaches the layers that are not run; they are saved as they were loaded.
+    unused = [tower.vision_model.post_layernorm, *tower.vision_model.encoder.layers[tower.num_layers_used :]]
+    # The published recipe freezes the whole image embedding, which there shares the token embeddings.
+    frozen = [vision, model.model.embed_tokens] if options.freeze_vision_model else unused
+    for module in frozen:
+        module.requires_grad_(False)
+    return model
+
+
+def add_adapters(model: Phi3VForCausalLM, options: argparse.Namespace) -> PeftModel:
+    """LoRA on the decoder's linears and `lm_head`, and on the tower and projection unless frozen.
+
+    Raises:
+        UserError: when a target matches no module of the model.
+    """
+    patterns = [DECODER_TARGETS]
+    if not options.freeze_vision_model:
+        layers = "|".join(str(layer) for layer in range(model.config.num_tower_layers_used))
+        patterns += [PROJECTION_TARGETS, TOWER_TARGETS.format(layers=layers)]
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(f"LoRA target {pattern} matches no module of the model")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=round(options.lora_rank * options.lora_alpha_ratio),
+        lora_dropout=options.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules="|".join(patterns),
+    )
+    base = Path(options.model_name_or_path)
+    if base.exists():  # an adapter must find its base from any working directory
+        model.name_or_path = str(base.resolve())
+    return get_peft_model(model, config)
+
+
+def end_token_ids(processor: Phi3VProcessor) -> list[int]:
+    """The ids at which generation stops: `<|end|>` and `<|endoftext|>`."""
+    return [processor.tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS]

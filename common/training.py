@@ -1,0 +1,314 @@
+"""TrainingArguments, Trainer, DeepSpeed configuration, saving.
+
+Full and frozen-vision fine-tuning run under DeepSpeed ZeRO-2, LoRA and QLoRA under DDP, as
+published. A step's gradient is the mean over the global batch's examples, whatever the number of
+processes and the examples each takes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from .cli import deepspeed_file, files_of_run
+from .collation import collate
+from .data import ExampleDataset, ExampleKey
+from .phi3v import Phi3VProcessor
+
+
+def start(options: argparse.Namespace) -> TrainingArguments:
+    """Set up the processes, the output folder and the seeds.
+
+    Run by plain `python`, a script is the one process of a run of one.
+
+    Returns:
+        The arguments for the Trainer; `options.device` is this process's device from here on.
+
+    Raises:
+        RuntimeError: when the libraries set up fewer processes than were started.
+    """
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29501")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    uses_deepspeed = options.method in ("full", "frozen")
+    if uses_deepspeed:
+        # DeepSpeed compiles a small extension once, with the ninja installed beside this python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    disable_progress_bar()  # transformers' own, over weights and files; ours are over examples and steps
+    on_cpu = options.device == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(options.output_dir),
+        per_device_train_batch_size=options.batch_size_per_gpu,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.num_train_epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.learning_rate,
+        weight_decay=options.wd,
+        warmup_steps=options.warmup_steps,
+        lr_scheduler_type="linear",
+        optim="adamw_torch" if on_cpu else "adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        max_grad_norm=1.0,
+        bf16=options.precision.name == "bf16",
+        fp16=options.precision.name == "fp16",
+        # Without it, processes on a CPU run side by side, each as the only one, and nobody is told.
+        use_cpu=on_cpu,
+        deepspeed=str(deepspeed_file(options)) if uses_deepspeed else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=options.num_workers,
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to=options.report_to,
+        disable_tqdm=not options.tqdm,
+        seed=options.seed,
+    )
+    options.device = arguments.device
+    if arguments.world_size != options.num_processes or (options.num_processes > 1 and not dist.is_initialized()):
+        raise RuntimeError(f"{options.num_processes} processes were started, {arguments.world_size} were set up")
+    if is_first_process():
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        for file in [] if options.eval_only else files_of_run(options.output_dir):
+            file.unlink()  # --overwrite: nothing of the old run may be taken for the new one's
+    wait_for_all()
+    set_seed(options.seed)
+    say(describe(options))
+    return arguments
+
+
+def describe(options: argparse.Namespace) -> str:
+    """Two lines: what is trained how, and how a step's batch is divided."""
+    attention = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}[options.attention]
+    if options.use_flash_attention and options.attention == "sdpa":
+        attention = "PyTorch's own flash kernel (flash-attn is not installed)"
+    precision = options.precision.name
+    if precision == "fp32":
+        precision = "fp32 (no CUDA GPU)"
+    return (
+        f"{options.model_name_or_path}: {options.method} fine-tuning on {options.device.type}, "
+        f"{precision}, {attention}\n"
+        f"{options.batch_size} examples per step = {options.num_processes} processes x "
+        f"{options.batch_size_per_gpu} at once x {options.accumulation} accumulated; output in {options.output_dir}"
+    )
+
+
+def is_first_process() -> bool:
+    """True on the one process that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text: str) -> None:
+    """Print on the first process."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+class GlobalBatchSampler:
+    """The micro-batches of one process; the global batches are the same however they are divided.
+
+    An epoch is a shuffle that depends on the seed and the epoch alone, cut into global batches. The
+    last one may hold fewer examples: it is filled up with examples of weight 0, and the weights of
+    its own examples rise so that the step is still the mean over them. Every example is seen exactly
+    once per epoch.
+
+    Args:
+        size: examples per epoch.
+        batch_size: examples per global batch.
+        at_once: examples per micro-batch and process.
+        rank, world: this process and how many there are.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, size: int, batch_size: int, at_once: int, rank: int, world: int, seed: int) -> None:
+        self.size, self.batch_size, self.at_once = size, batch_size, at_once
+        self.rank, self.world, self.seed = rank, world, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose shuffle comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        global_batches = -(-self.size // self.batch_size)
+        return global_batches * (self.batch_size // (self.at_once * self.world))
+
+    def __iter__(self) -> Iterator[list[ExampleKey]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size, self.batch_size):
+            own = order[start : start + self.batch_size]
+            weight = self.batch_size / len(own)
+            keys = [ExampleKey(index, self.epoch, weight) for index in own]
+            keys += [ExampleKey(own[0], self.epoch, 0.0)] * (self.batch_size - len(own))
+            # micro-step by micro-step, process by process: (accumulation, world, at once)
+            for micro_step in range(0, self.batch_size, self.at_once * self.world):
+                first = micro_step + self.rank * self.at_once
+                yield keys[first : first + self.at_once]
+
+
+class _EpochLoader(torch.utils.data.DataLoader):
+    """A loader that tells its batch sampler which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class RecipeTrainer(Trainer):
+    """transformers' Trainer with this recipe's batches, and speed and memory in its log."""
+
+    def __init__(self, *, options: argparse.Namespace, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = options
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """Begin a new stretch of the log."""
+        self._examples = self._tokens = 0
+        self._since = time.perf_counter()
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """This process's micro-batches; not wrapped by accelerate, which would divide them again."""
+        sampler = GlobalBatchSampler(
+            len(self.train_dataset),
+            self.options.batch_size,
+            self.options.batch_size_per_gpu,
+            self.args.process_index,
+            self.args.world_size,
+            self.options.seed,
+        )
+        return _EpochLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        """Count what the step holds (fillers of the last batch are no examples), then take it."""
+        self._examples += int((inputs["loss_weights"] > 0).sum())
+        self._tokens += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, *args)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add examples and tokens per second of all processes, and the largest peak of memory in GB."""
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self._since
+            counts = torch.tensor([self._examples, self._tokens], dtype=torch.float64, device=self.args.device)
+            peak = torch.tensor(memory_peak(), dtype=torch.float64, device=self.args.device)
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+                dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            logs["examples_per_second"] = round(counts[0].item() / elapsed, 3)
+            logs["tokens_per_second"] = round(counts[1].item() / elapsed, 1)
+            logs["memory_peak_gb"] = round(peak.item(), 3)
+            self.start_counting()
+        super().log(logs, start_time)
+        if is_first_process():
+            with open(self.options.output_dir / "train_log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+
+def memory_peak() -> float:
+    """The most memory this process has held so far, in GB: the GPU's, or the resident memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class _WhileTraining(TrainerCallback):
+    """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often."""
+
+    def __init__(self, options: argparse.Namespace, evaluate: Callable[[str], Any] | None) -> None:
+        self.options, self.evaluate = options, evaluate
+        self.trainer: RecipeTrainer | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.start_counting()
+        wrapper = type(self.trainer.model_wrapped).__name__
+        expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
+        if wrapper != expected and (self.options.num_processes > 1 or expected == "DeepSpeedEngine"):
+            raise RuntimeError(f"the model is wrapped as {wrapper}; {self.options.method} training needs {expected}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluate and self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
+            self.evaluate(f"eval_step_{state.global_step}")
+
+
+def train(
+    model: torch.nn.Module,
+    processor: Phi3VProcessor,
+    dataset: ExampleDataset,
+    arguments: TrainingArguments,
+    options: argparse.Namespace,
+    evaluate: Callable[[str], Any] | None = None,
+) -> RecipeTrainer:
+    """Train; the log goes to the screen and to `train_log.jsonl`.
+
+    Args:
+        evaluate: called with a name every `--eval_steps` steps.
+
+    Returns:
+        The Trainer, with what `save` needs.
+    """
+    callback = _WhileTraining(options, evaluate)
+    trainer = RecipeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=lambda encoded: collate(processor, encoded),
+        options=options,
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> None:
+    """Write a complete checkpoint: the weights or the adapter, configuration, processor and tokenizer."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state_dict = None
+    if trainer.is_deepspeed_enabled:
+        state_dict = trainer.accelerator.get_state_dict(trainer.deepspeed)  # on every process: ZeRO-3 gathers
+    if is_first_process():
+        if isinstance(model, PeftModel):
+            # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder, state_dict=state_dict)
+        processor.save_pretrained(folder)
+    wait_for_all()
+
+
+def free_memory(trainer: RecipeTrainer) -> None:
+    """Let go of the model, the optimizer and the engine, so that what was saved can be loaded."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.deepspeed = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

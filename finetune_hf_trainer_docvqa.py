@@ -1,0 +1,151 @@
+"""Fine-tune Phi-3.5-vision on DocVQA.
+
+    # minimal: 1,000 questions, 200 test questions
+    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py
+
+    # full training set (10.2 k pages, 39.5 k questions)
+    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention \
+        --batch_size 64 --output_dir <output_dir> --learning_rate <lr> --num_train_epochs <epochs>
+
+Evaluates, trains, saves a complete checkpoint, loads what was saved and evaluates that.
+"""
+
+import argparse
+import random
+from typing import Any
+
+from common.cli import make_parser, parse_options
+from common.collation import Example, Turn, encode_example
+from common.data import ExampleDataset, Rows, decode_image, load_rows
+from common.errors import run
+from common.evaluation import generate_answers, write_evaluation
+from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
+from common.metrics import anls, anls_recipe, mean
+from common.training import free_memory, save, say, start, train
+
+MINI = "nielsr/docvqa_1200_examples"
+FULL = "HuggingFaceM4/the_cauldron:docvqa"
+VALIDATION = "lmms-lab/DocVQA:DocVQA"
+LAYOUTS = (("image", "query", "answers"), ("images", "texts"), ("image", "question", "answers"))
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser("Fine-tune Phi-3.5-vision on DocVQA.")
+    parser.add_argument("--full_train", action="store_true", help=f"train on {FULL} instead of {MINI}")
+    parser.add_argument("--all_questions", action="store_true", help="an epoch is every question, not one per page")
+    parser.add_argument("--train_data", help="hub id (ID or ID:CONFIG), folder or file to train on")
+    parser.add_argument("--eval_data", help="hub id (ID or ID:CONFIG), folder or file to evaluate on")
+    parser.add_argument(
+        "--eval_split",
+        choices=("test", "validation"),
+        default="test",
+        help="validation: the official one (%(default)s)",
+    )
+    return parse_options(parser)
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
+    train_source = options.train_data or options.data_dir or (FULL if options.full_train else MINI)
+    eval_source = options.eval_data or options.data_dir or (VALIDATION if options.eval_split == "validation" else MINI)
+    train_rows = None if options.eval_only else load_rows(train_source, "train", LAYOUTS, "--train_data")
+    eval_rows = load_rows(eval_source, options.eval_split, LAYOUTS, "--eval_data")
+    return train_rows, eval_rows.first(options.eval_limit)
+
+
+def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """A row of any known layout -> its questions, each with the accepted answers."""
+    if "texts" in row:
+        return [(text["user"], [text["assistant"]]) for text in row["texts"]]
+    question = row["query"]["en"] if "query" in row else row["question"]
+    return [(f"{question}\nAnswer briefly.", row["answers"])]
+
+
+def page(rows: Rows, index: int) -> Any:
+    row = rows[index]
+    return decode_image(row["images"][0] if "images" in row else row["image"], rows.place(index))
+
+
+def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
+    """One question drawn per page and epoch, or every question; one accepted answer drawn each time."""
+    numbers = [(row, None) for row in range(len(rows))]
+    if options.all_questions and "texts" in rows.columns:
+        texts = rows.table.select_columns(["texts"])
+        numbers = [(row, number) for row in range(len(rows)) for number in range(len(texts[row]["texts"]))]
+
+    def make_example(index: int, generator: random.Random) -> Example:
+        row, number = numbers[index]
+        asked = questions(rows[row])
+        question, answers = generator.choice(asked) if number is None else asked[number]
+        return Example(
+            rows.place(row), [Turn(f"<|image_1|>\n{question}", generator.choice(answers), [page(rows, row)])]
+        )
+
+    return ExampleDataset(len(numbers), make_example, lambda one: encode_example(processor, one), options.seed)
+
+
+# --- metric ------------------------------------------------------------------------------------
+
+
+def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
+    """ANLS over the rows, written to `<name>.json`."""
+
+    def make_example(index: int) -> Example:
+        question, _ = questions(rows[index])[0]
+        return Example(rows.place(index), [Turn(f"<|image_1|>\n{question}", images=[page(rows, index)])])
+
+    generated = generate_answers(model, processor, len(rows), make_example, options, title=name)
+    examples = []
+    for index, answer in enumerate(generated):
+        row = rows[index]
+        question, accepted = questions(row)[0]
+        scores = {"anls": anls(answer, accepted), "anls_recipe": anls_recipe(answer, accepted)}
+        identity = str(row.get("id", row.get("questionId", index)))
+        examples.append({"id": identity, "question": question, "answers": accepted, "generated": answer, **scores})
+    totals = {metric: mean([one[metric] for one in examples]) for metric in ("anls", "anls_recipe")}
+    write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
+    return totals
+
+
+# --- steps -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = parse()
+    check_checkpoint(options.model_name_or_path)
+    train_rows, eval_rows = load_data(options)
+    arguments = start(options)
+    processor = load_processor(options)
+    model = load_model(options.model_name_or_path, options)
+
+    before = evaluate(model, processor, eval_rows, options, "eval_only" if options.eval_only else "eval_before")
+    say(f"before training: ANLS {before['anls']:.4f} (as in the published tables {before['anls_recipe']:.4f})")
+    if options.eval_only:
+        return
+
+    model = prepare_for_training(model, processor, options)
+    trainer = train(
+        model,
+        processor,
+        training_set(train_rows, processor, options),
+        arguments,
+        options,
+        evaluate=lambda name: evaluate(model, processor, eval_rows, options, name),
+    )
+    save(trainer, processor, options.output_dir)
+    del model
+    free_memory(trainer)
+
+    model = load_model(options.output_dir, options)
+    after = evaluate(model, processor, eval_rows, options, "eval_after")
+    say(f"after training:  ANLS {after['anls']:.4f} (as in the published tables {after['anls_recipe']:.4f})")
+    say(f"gain:            ANLS {after['anls'] - before['anls']:+.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,52 @@
+"""Starting a script as a user does, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def run_script(script: str, *arguments: Any, processes: int = 2, timeout: int = 600) -> subprocess.CompletedProcess:
+    """Run a script by torchrun (by plain python for no processes); its output as text, both streams together."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [*launcher, script, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a run's `train_log.jsonl`."""
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def read_evaluation(folder: Path, name: str) -> dict[str, Any]:
+    """One of a run's `eval_*.json`."""
+    return json.loads((folder / f"{name}.json").read_text())

@@ -1,0 +1,211 @@
+"""The options: the published names and defaults, and every wrong value reported at once."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_hf_trainer_docvqa as docvqa
+from common.cli import make_parser
+from common.errors import UserError, run
+
+# shared by all published scripts (name, default)
+PUBLISHED = {
+    "model_name_or_path": "microsoft/Phi-3.5-vision-instruct",
+    "use_flash_attention": False,
+    "bf16": False,
+    "use_lora": False,
+    "use_qlora": False,
+    "batch_size": 16,
+    "batch_size_per_gpu": 1,
+    "num_crops": 16,
+    "num_train_epochs": 1,
+    "learning_rate": 4e-5,
+    "wd": 0.01,
+    "lora_rank": 64,
+    "lora_alpha_ratio": 2,
+    "lora_dropout": 0,
+    "freeze_vision_model": False,
+    "full_train": False,
+    "tqdm": True,
+    "warmup_steps": 50,
+    "gradient_checkpointing": True,
+}
+
+
+def parse(monkeypatch, tmp_path, *arguments, processes=1):
+    monkeypatch.setattr(sys, "argv", ["finetune", "--output_dir", str(tmp_path / "out"), *map(str, arguments)])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    return docvqa.parse()
+
+
+def on_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+
+
+def test_published_defaults(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    options = vars(docvqa.parse())
+    assert {name: options[name] for name in PUBLISHED} == PUBLISHED
+    assert str(options["output_dir"]) == "output"
+
+
+def test_published_command(monkeypatch, tmp_path):
+    on_gpu(monkeypatch, (8, 0))
+    given = "--full_train --bf16 --use_flash_attention --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2"
+    options = parse(monkeypatch, tmp_path, *given.split(), processes=4)
+    assert (options.accumulation, options.num_processes, options.method) == (16, 4, "full")
+    assert (options.precision.name, options.precision.weights, options.precision.autocast) == (
+        "bf16",
+        torch.bfloat16,
+        None,
+    )
+    assert options.attention in ("sdpa", "flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ((), "full"),
+        (("--freeze_vision_model",), "frozen"),
+        (("--use_lora",), "lora"),
+        (("--use_qlora",), "qlora"),
+        (("--use_lora", "--use_qlora"), "qlora"),
+    ],
+)
+def test_method(monkeypatch, tmp_path, arguments, method):
+    options = parse(monkeypatch, tmp_path, *arguments)
+    assert options.method == method
+    assert options.use_lora == (method in ("lora", "qlora"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpu", "expected"),
+    [
+        ((), False, ("fp32", torch.float32, None)),
+        (("--bf16",), False, ("bf16", torch.bfloat16, None)),
+        (("--bf16", "--use_lora"), False, ("bf16", torch.bfloat16, torch.bfloat16)),
+        ((), True, ("fp16", torch.float16, None)),
+        (("--use_flash_attention",), True, ("fp16", torch.float16, None)),  # alone it leaves fp16 in DocVQA
+        (("--use_lora",), True, ("fp16", torch.float32, torch.float16)),
+        (("--bf16",), True, ("bf16", torch.bfloat16, None)),
+        (("--bf16", "--use_qlora"), True, ("bf16", torch.bfloat16, torch.bfloat16)),
+    ],
+)
+def test_precision(monkeypatch, tmp_path, arguments, gpu, expected):
+    if gpu:
+        on_gpu(monkeypatch, (8, 0))
+    precision = parse(monkeypatch, tmp_path, *arguments).precision
+    assert (precision.name, precision.weights, precision.autocast) == expected
+
+
+WRONG = [
+    (("--num_crops", 17), "--num_crops 17: it must be 1 to 16"),
+    (("--num_crops", 0), "--num_crops 0: it must be 1 to 16"),
+    (("--batch_size", 0), "--batch_size 0: it must be at least 1"),
+    (("--batch_size_per_gpu", 0), "--batch_size_per_gpu 0: it must be at least 1"),
+    (("--num_train_epochs", 0), "--num_train_epochs 0: it must be at least 1"),
+    (("--max_steps", 0), "--max_steps 0: it must be at least 1"),
+    (("--eval_limit", -1), "--eval_limit -1: it must be at least 1"),
+    (("--lora_rank", 0), "--lora_rank 0: it must be at least 1"),
+    (("--lora_dropout", 1), "--lora_dropout 1.0: it must be at least 0 and under 1"),
+    (("--learning_rate", 0), "--learning_rate 0.0: it must be above 0"),
+    (("--learning_rate", "nan"), "--learning_rate nan: it must be above 0"),
+    (("--wd", -1), "--wd -1.0: it must not be negative"),
+    (("--use_flash_attention",), "--use_flash_attention needs a CUDA GPU and there is none"),
+    (("--data_dir", "/no/such/folder"), "--data_dir /no/such/folder: there is no such folder"),
+    (("--deepspeed", "absent.json"), "--deepspeed absent.json: there is no such file"),
+    (("--output_dir", "/proc/output"), "--output_dir /proc/output cannot be written"),
+    (("--eval_steps", 5, "--deepspeed", "ds_configs/zero3.json"), "--eval_steps does not go with ZeRO-3"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_option(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, tmp_path, *arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_problems_at_once(monkeypatch, tmp_path):
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, tmp_path, "--num_crops", 17, "--batch_size", 6, "--use_flash_attention", processes=4)
+    text = str(error.value)
+    assert text.startswith("3 problems:\n")
+    assert "--batch_size 6 cannot be divided over 4 processes x --batch_size_per_gpu 1 = 4" in text
+    assert "give a multiple of 4" in text
+    assert "17" in text
+    assert "--use_flash_attention" in text
+
+
+def test_old_gpu(monkeypatch, tmp_path):
+    on_gpu(monkeypatch, (7, 0))
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, tmp_path, "--use_flash_attention", "--bf16")
+    assert "--use_flash_attention needs compute capability 8.0 (Ampere) and Some GPU has 7.0" in str(error.value)
+    assert "--bf16 needs compute capability 8.0" in str(error.value)
+
+
+def test_used_output_folder(monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval_before.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds another run \(eval_before.json\): choose another, or add --overwrite"):
+        parse(monkeypatch, tmp_path)
+    parse(monkeypatch, tmp_path, "--overwrite")
+    parse(monkeypatch, tmp_path, "--eval_only")
+    monkeypatch.setenv("RANK", "1")  # only the first process looks: it may be writing by now
+    parse(monkeypatch, tmp_path)
+
+
+def test_output_folder_that_training_starts_from(monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="is the checkpoint that training starts from"):
+        parse(monkeypatch, tmp_path, "--model_name_or_path", tmp_path / "out", "--overwrite")
+
+
+def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+
+    def fails():
+        raise UserError("what is wrong")
+
+    with pytest.raises(SystemExit) as ended:
+        run(fails)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: what is wrong\n"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run(fails)
+    assert capsys.readouterr().err == ""
+
+
+def test_every_option_is_read_by_something():
+    """An option that nothing reads would be one that changes nothing."""
+    root = Path(docvqa.__file__).parent
+    sources = {path: path.read_text() for path in [*root.glob("finetune_*.py"), *(root / "common").glob("*.py")]}
+    read = {
+        node.attr
+        for source in sources.values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options"
+    }
+    names = {action.dest for action in make_parser("")._actions} - {"help"}
+    names |= {"full_train", "all_questions", "train_data", "eval_data", "eval_split"}
+    read_by_name = {"warmup_steps", "wd", "num_workers", "seed"}  # also checked by getattr
+    assert names - read - read_by_name == set()
+
+
+def test_help_names_every_default(capsys):
+    parser = make_parser("Fine-tune.")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100  # two screens
+    assert "4e-05" in text

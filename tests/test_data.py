@@ -1,0 +1,249 @@
+"""Reading rows: every layout and every way to store it; each fault an error that names its place."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune_hf_trainer_docvqa as docvqa
+from common.collation import Example, Turn
+from common.data import ExampleDataset, ExampleKey, decode_image, load_rows
+from common.errors import UserError
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def mini(count):
+    """Rows as in nielsr/docvqa_1200_examples."""
+    return datasets.Dataset.from_list(
+        [
+            {
+                "id": f"row_{k}",
+                "image": picture(k),
+                "query": {"en": f"What is {k}?", "de": "?"},
+                "answers": [str(k), "x"],
+            }
+            for k in range(count)
+        ],
+        features=datasets.Features(
+            {
+                "id": datasets.Value("string"),
+                "image": datasets.Image(),
+                "query": {"en": datasets.Value("string"), "de": datasets.Value("string")},
+                "answers": datasets.List(datasets.Value("string")),
+            }
+        ),
+    )
+
+
+def cauldron(questions_per_page):
+    """Rows as in HuggingFaceM4/the_cauldron."""
+    text = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
+    return datasets.Dataset.from_list(
+        [
+            {
+                "images": [picture(k)],
+                "texts": [{"user": f"Q{k}.{q}", "assistant": f"A{k}.{q}", "source": "docvqa"} for q in range(count)],
+            }
+            for k, count in enumerate(questions_per_page)
+        ],
+        features=datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List(text)}),
+    )
+
+
+def official(count):
+    """Rows as in lmms-lab/DocVQA."""
+    return datasets.Dataset.from_list(
+        [
+            {"questionId": str(k), "image": picture(k), "question": f"Which {k}?", "answers": ["a"]}
+            for k in range(count)
+        ],
+        features=datasets.Features(
+            {
+                "questionId": datasets.Value("string"),
+                "image": datasets.Image(),
+                "question": datasets.Value("string"),
+                "answers": datasets.List(datasets.Value("string")),
+            }
+        ),
+    )
+
+
+def load(folder, split="train"):
+    return load_rows(str(folder), split, docvqa.LAYOUTS, "--train_data")
+
+
+@pytest.mark.parametrize("table", [mini(3), cauldron([1, 3]), official(2)], ids=["mini", "cauldron", "official"])
+@pytest.mark.parametrize("storage", ["parquet_folder", "parquet_file", "hub_folder", "saved", "saved_dict"])
+def test_every_layout_in_every_storage(tmp_path, table, storage):
+    folder = tmp_path / "copy"
+    if storage == "parquet_folder":
+        table.to_parquet(folder / "train-00000-of-00001.parquet")
+    elif storage == "parquet_file":
+        folder = tmp_path / "anything.parquet"
+        table.to_parquet(folder)
+    elif storage == "hub_folder":  # a cloned hub repository: the configuration is a folder
+        table.to_parquet(folder / "docvqa" / "train-00000-of-00002.parquet")
+    elif storage == "saved":
+        table.save_to_disk(folder)
+    else:
+        datasets.DatasetDict({"train": table}).save_to_disk(folder)
+    rows = load(folder)
+    assert len(rows) == len(table)
+    for index in range(len(rows)):
+        expected = table[index]
+        assert docvqa.questions(rows[index]) == docvqa.questions(expected)
+        original = expected["images"][0] if "images" in expected else expected["image"]
+        assert np.array_equal(np.asarray(docvqa.page(rows, index)), np.asarray(original))
+
+
+def test_prompts_of_the_layouts():
+    # shared/recipe: the mini set and the official one ask for a brief answer, the_cauldron's text is taken as it is
+    assert docvqa.questions(mini(1)[0]) == [("What is 0?\nAnswer briefly.", ["0", "x"])]
+    assert docvqa.questions(official(1)[0]) == [("Which 0?\nAnswer briefly.", ["a"])]
+    assert docvqa.questions(cauldron([2])[0]) == [("Q0.0", ["A0.0"]), ("Q0.1", ["A0.1"])]
+
+
+def test_splits_are_told_by_file_names(tmp_path):
+    mini(4).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    mini(2).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    assert (len(load(tmp_path, "train")), len(load(tmp_path, "test"))) == (4, 2)
+    with pytest.raises(UserError, match=r"has the splits \['test', 'train'\], not validation"):
+        load(tmp_path, "validation")
+
+
+def test_unknown_columns(tmp_path):
+    datasets.Dataset.from_dict({"picture": [1], "text": ["a"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"has the columns \['picture', 'text'\]; --train_data needs image\+query"):
+        load(tmp_path)
+
+
+def test_no_rows(tmp_path):
+    mini(1).select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="split train, is empty"):
+        load(tmp_path)
+
+
+def test_folder_without_data(tmp_path):
+    with pytest.raises(UserError, match="holds no parquet files"):
+        load(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        load(tmp_path / "absent")
+
+
+def test_file_that_is_no_parquet(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"not a parquet file")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r"nielsr/x could not be fetched .*--data_dir or --train_data.*make demo"
+    ) as error:
+        load("nielsr/x")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_id_with_a_configuration(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        return cauldron([1])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load("HuggingFaceM4/the_cauldron:docvqa")
+    load("some/data")
+    assert asked == [("HuggingFaceM4/the_cauldron", "docvqa", "train"), ("some/data", None, "train")]
+
+
+def test_undecodable_image_names_data_set_split_and_row(tmp_path):
+    rows = [
+        {**row, "image": {"bytes": b"\x89PNG broken", "path": None}} if k == 2 else row for k, row in enumerate(mini(4))
+    ]
+    datasets.Dataset.from_list(rows, features=mini(1).features).to_parquet(tmp_path / "train.parquet")
+    loaded = load(tmp_path)
+    docvqa.page(loaded, 1)
+    with pytest.raises(UserError, match=rf"{tmp_path}, split train, row 2: the image \(11 bytes\) cannot be decoded"):
+        docvqa.page(loaded, 2)
+
+
+def test_decode_image_faults():
+    buffer = io.BytesIO()
+    picture(size=(200, 200)).save(buffer, "PNG")
+    for cell in (None, {}, {"bytes": None, "path": None}):
+        with pytest.raises(UserError, match="here: there is no image"):
+            decode_image(cell, "here")
+    for content in (b"", b"GIF89a", buffer.getvalue()[:500]):
+        with pytest.raises(UserError, match=r"here: the image .* cannot be decoded"):
+            decode_image({"bytes": content}, "here")
+
+
+def test_user_error_from_a_worker_keeps_its_message_only():
+    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File …\n"
+    assert str(UserError(text + "common.errors.UserError: row 2: bad")) == "row 2: bad"
+    assert str(UserError("two\nlines")) == "two\nlines"
+
+
+def options_for(**values):
+    return type("Options", (), {"all_questions": False, "seed": 7, **values})
+
+
+class FakeProcessor:
+    """Takes the place of the encoding, which other tests cover."""
+
+
+def drawn(dataset, epoch):
+    return [dataset[ExampleKey(index, epoch, 1.0)]["text"] for index in range(len(dataset))]
+
+
+@pytest.fixture
+def as_text(monkeypatch):
+    monkeypatch.setattr(
+        docvqa, "encode_example", lambda _, example: {"text": (example.turns[0].user, example.turns[0].assistant)}
+    )
+
+
+def test_one_question_is_drawn_per_page_and_epoch(tmp_path, as_text):
+    cauldron([4] * 8).to_parquet(tmp_path / "train.parquet")
+    dataset = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for())
+    epochs = [drawn(dataset, epoch) for epoch in range(3)]
+    assert len(dataset) == 8
+    assert epochs[0] == drawn(dataset, 0)  # the same again, whoever asks
+    assert epochs[0] != epochs[1] != epochs[2]
+    other_seed = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for(seed=8))
+    assert drawn(other_seed, 0) != epochs[0]
+    for user, assistant in epochs[0]:
+        assert user.removeprefix("<|image_1|>\nQ") == assistant.removeprefix("A")
+
+
+def test_all_questions(tmp_path, as_text):
+    cauldron([1, 3, 2]).to_parquet(tmp_path / "train.parquet")
+    dataset = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for(all_questions=True))
+    assert [answer for _, answer in drawn(dataset, 0)] == ["A0.0", "A1.0", "A1.1", "A1.2", "A2.0", "A2.1"]
+
+
+def test_an_accepted_answer_is_drawn_per_epoch(tmp_path, as_text):
+    mini(8).to_parquet(tmp_path / "train.parquet")
+    dataset = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for())
+    answers = {answer for epoch in range(6) for _, answer in drawn(dataset, epoch)[:1]}
+    assert answers == {"0", "x"}
+
+
+def test_example_dataset_hands_on_the_weight():
+    dataset = ExampleDataset(
+        2, lambda index, generator: Example(str(index), [Turn("q", "a")]), lambda one: {"id": one.id}
+    )
+    assert dataset[ExampleKey(1, 0, 0.25)] == {"id": "1", "loss_weight": 0.25}
