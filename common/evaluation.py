@@ -45,6 +45,7 @@ def generate_answers(
     make_example: Callable[[int], Example],
     options: argparse.Namespace,
     title: str = "evaluate",
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers to the last turn of every example.
 
@@ -56,9 +57,10 @@ def generate_answers(
         make_example: number -> example; called in worker processes.
         options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device` and `tqdm` count.
         title: of the progress bar.
+        max_new_tokens: the longest answer.
 
     Returns:
-        `count` texts, special tokens dropped, at most 64 tokens long.
+        `count` texts, special tokens dropped.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, count, world)
@@ -80,7 +82,7 @@ def generate_answers(
             }
             output = model.generate(
                 **inputs,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=end_token_ids(processor),

@@ -177,13 +177,16 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
-        """As in transformers, but a weight that is missing or not expected is an error that names it.
+        """As in transformers, but a weight that is missing, not expected or of another shape is an error that names it.
 
         Raises:
-            ValueError: with the names of the missing and the unexpected weights.
+            ValueError: with the names of the missing, the unexpected and the misshapen weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, with their names
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        misshapen = sorted(info.get("mismatched_keys") or ())  # (name, shape in the checkpoint, shape in the model)
+        info["mismatched_keys"] = [f"{name}: {list(here)}, not {list(there)}" for name, here, there in misshapen]
         problems = [
             f"{what} {sorted(map(str, info[key]))}"
             for key, what in (

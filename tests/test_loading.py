@@ -1,0 +1,197 @@
+"""What is loaded, what trains, and checkpoints that cannot be used."""
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+
+from common import loading
+from common.cli import Precision
+from common.errors import UserError
+from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
+from tests.model_helpers import tiny_model, write_stand_in_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = write_stand_in_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+def options_for(checkpoint, **values):
+    options = {
+        "model_name_or_path": str(checkpoint),
+        "num_crops": 1,
+        "precision": Precision("fp32", torch.float32, None),
+        "attention": "sdpa",
+        "device": torch.device("cpu"),
+        "use_lora": False,
+        "use_qlora": False,
+        "lora_rank": 4,
+        "lora_alpha_ratio": 2,
+        "lora_dropout": 0.0,
+        "freeze_vision_model": False,
+        "gradient_checkpointing": False,
+        "eval_only": False,
+    }
+    return argparse.Namespace(**{**options, **values})
+
+
+def load_for_training(options):
+    processor = load_processor(options)
+    return prepare_for_training(load_model(options.model_name_or_path, options), processor, options), processor
+
+
+def inputs_of(processor):
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": "<|image_1|>\nWhat?"}], add_generation_prompt=True
+    )
+    from tests.model_helpers import picture
+
+    inputs = dict(processor(text, [picture(60, 40, 1)]))
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -5:] = inputs["input_ids"][:, -5:]
+    return {**inputs, "labels": labels}
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model.train()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_num_crops_is_that_of_the_options(checkpoint):
+    assert load_processor(options_for(checkpoint, num_crops=7)).image_processor.num_crops == 7
+
+
+def test_generation_stops_at_both_end_tokens(checkpoint):
+    model, processor = load_for_training(options_for(checkpoint))
+    assert model.generation_config.eos_token_id == [32007, 32000]
+    assert loading.end_token_ids(processor) == [32007, 32000]
+
+
+def test_full_training_leaves_out_what_is_not_run(checkpoint):
+    model, _ = load_for_training(options_for(checkpoint))
+    kept = {name for name, p in model.named_parameters() if not p.requires_grad}
+    prefix = "model.vision_embed_tokens.img_processor.vision_model."
+    assert kept == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith((prefix + "post_layernorm", prefix + "encoder.layers.2"))
+    }
+
+
+def test_frozen_vision_still_trains_every_decoder_layer(checkpoint):
+    model, processor = load_for_training(options_for(checkpoint, freeze_vision_model=True, gradient_checkpointing=True))
+    found = gradients(model, inputs_of(processor))
+    expected = {name for name, _ in model.named_parameters() if "embed_tokens" not in name}
+    assert set(found) == expected
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_lora_targets(checkpoint, frozen):
+    model, processor = load_for_training(
+        options_for(checkpoint, use_lora=True, freeze_vision_model=frozen, lora_alpha_ratio=0.5)
+    )
+    adapted = {name.rsplit(".lora_A", 1)[0] for name, p in model.named_parameters() if "lora_A" in name}
+    decoder = {name for name in adapted if ".layers." in name and "vision" not in name}
+    assert len(decoder) == 3 * 4
+    assert any(name.endswith("lm_head") for name in adapted)
+    vision = adapted - decoder - {name for name in adapted if name.endswith("lm_head")}
+    assert len(vision) == (0 if frozen else 2 * 6 + 2)  # two of the three tower layers are run
+    assert model.peft_config["default"].lora_alpha == 2
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        gradient.abs().sum() > 0
+        for name, gradient in gradients(model, inputs_of(processor)).items()
+        if "lora_B" in name
+    )
+
+
+def test_lora_target_that_matches_nothing(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "PROJECTION_TARGETS", r"model\.projection\.\d")
+    with pytest.raises(UserError, match="matches no module of the model"):
+        load_for_training(options_for(checkpoint, use_lora=True))
+
+
+def test_bf16_adapters_are_float32(checkpoint):
+    precision = Precision("bf16", torch.bfloat16, torch.bfloat16)
+    model, _ = load_for_training(options_for(checkpoint, use_lora=True, precision=precision))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_qlora_is_nf4_and_its_gradients_survive_an_evaluation(checkpoint):
+    """bitsandbytes repacks NF4 weights at evaluation on CPUs with AVX512-BF16 and then loses gradient in silence."""
+    import bitsandbytes
+
+    model, processor = load_for_training(options_for(checkpoint, use_lora=True, use_qlora=True))
+    quantised = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert quantised
+    assert all(module.weight.quant_type == "nf4" for module in quantised)
+    assert not any(module.support_avx512bf16_for_cpu for module in quantised)
+    for name, parameter in model.named_parameters():  # B starts at 0, where no gradient reaches A or what is below
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = inputs_of(processor)
+    before = gradients(model, inputs)
+    model.eval()
+    with torch.no_grad():
+        model(**{name: value for name, value in inputs.items() if name != "labels"})
+    after = gradients(model, inputs)
+    assert set(before) == set(after)
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+
+
+def test_adapter_is_loaded_on_the_base_it_names(checkpoint, tmp_path):
+    options = options_for(checkpoint, use_lora=True)
+    model, processor = load_for_training(options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = load_model(tmp_path / "adapter", options_for(checkpoint, eval_only=True))
+    assert isinstance(again, PeftModel)
+    inputs = inputs_of(processor)
+    model.eval(), again.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, again(**inputs).loss)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_another_model_type(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match='is a "llama" model; this recipe trains "phi3_v"'):
+        check_checkpoint(str(tmp_path))
+
+
+def test_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"is not a checkpoint folder.*make demo"):
+        check_checkpoint(str(tmp_path))
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="--model_name_or_path no/such could not be fetched from the hub") as error:
+        check_checkpoint("no/such")
+    assert "\n" not in str(error.value)
+    assert "make demo" in str(error.value)
+
+
+def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing from the checkpoint: \['model.norm.weight'\]"):
+        load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
