@@ -112,21 +112,26 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
     return totals
 
 
+def in_words(totals: dict[str, float]) -> str:
+    return f"ANLS {totals['anls']:.4f} (the published tables' variant {totals['anls_recipe']:.4f})"
+
+
 # --- steps -------------------------------------------------------------------------------------
 
 
 def main() -> None:
     options = parse()
-    check_checkpoint(options.model_name_or_path)
+    check_checkpoint(options)
     train_rows, eval_rows = load_data(options)
     arguments = start(options)
     processor = load_processor(options)
     model = load_model(options.model_name_or_path, options)
 
     before = evaluate(model, processor, eval_rows, options, "eval_only" if options.eval_only else "eval_before")
-    say(f"before training: ANLS {before['anls']:.4f} (as in the published tables {before['anls_recipe']:.4f})")
     if options.eval_only:
+        say(in_words(before))
         return
+    say(f"before training: {in_words(before)}")
 
     model = prepare_for_training(model, processor, options)
     trainer = train(
@@ -143,7 +148,7 @@ def main() -> None:
 
     model = load_model(options.output_dir, options)
     after = evaluate(model, processor, eval_rows, options, "eval_after")
-    say(f"after training:  ANLS {after['anls']:.4f} (as in the published tables {after['anls_recipe']:.4f})")
+    say(f"after training:  {in_words(after)}")
     say(f"gain:            ANLS {after['anls'] - before['anls']:+.4f}")
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available
 
 from .errors import raise_all
 
@@ -93,7 +95,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     rare.add_argument("--eval_batch_size_per_gpu", type=int, default=4, help="prompts generated at once (%(default)s)")
     rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
     rare.add_argument("--deepspeed", default="ds_configs/zero2.json", help="for full fine-tuning (%(default)s)")
-    rare.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio, … (%(default)s)")
+    rare.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio: by comma (%(default)s)")
     rare.add_argument("--num_workers", type=int, default=4, help="loader processes per GPU (%(default)s)")
     rare.add_argument("--logging_steps", type=int, default=10, help="steps between two lines of the log (%(default)s)")
     rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
@@ -153,13 +155,7 @@ def choose_attention(options: argparse.Namespace) -> str:
     """The attention implementation for transformers: flash-attn where asked for and installed, else sdpa."""
     if not options.use_flash_attention:
         return "sdpa"
-    return "flash_attention_2" if _has_flash_attn() else "sdpa"
-
-
-def _has_flash_attn() -> bool:
-    from transformers.utils import is_flash_attn_2_available
-
-    return is_flash_attn_2_available()
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 def _number_problems(options: argparse.Namespace) -> list[str]:
@@ -215,6 +211,10 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--data_dir {options.data_dir}: there is no such folder")
     if options.method in ("full", "frozen") and not options.eval_only:
         problems += _deepspeed_problems(options)
+    if options.report_to != "none":
+        available = get_available_reporting_integrations()
+        missing = [name for name in options.report_to.split(",") if name not in available]
+        problems += [f"--report_to {name}: not installed here, where there is {sorted(available)}" for name in missing]
     return problems + _output_problems(options)
 
 

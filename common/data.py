@@ -204,3 +204,8 @@ class ExampleDataset(torch.utils.data.Dataset):
         index, epoch, weight = key if isinstance(key, tuple) else (key, 0, 1.0)
         generator = random.Random(f"{self.seed}-{epoch}-{index}")
         return {**self.encode(self.make_example(index, generator)), "loss_weight": weight}
+
+
+def loader_context(num_workers: int) -> str | None:
+    """How loaders start their workers: forked, so that they share the rows and need not be sent them."""
+    return "fork" if num_workers else None

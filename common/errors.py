@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 
@@ -34,7 +35,8 @@ def raise_all(problems: Sequence[str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; torchrun's summary shows the first process's error.
 
-    A `UserError` ends the script with exit code 2 and its message alone, on the first process only.
+    A `UserError` ends the script with exit code 2 and its message alone. Until the processes are
+    joined all of them find the same fault and the first one tells; later the one that found it does.
     """
 
     @record
@@ -42,7 +44,8 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            if int(os.environ.get("RANK", "0")) == 0:
+            rank = int(os.environ.get("RANK", "0"))
+            if dist.is_initialized() or rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

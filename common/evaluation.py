@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .collation import Example, collate, encode_example
+from .data import loader_context
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 
@@ -64,10 +65,12 @@ def generate_answers(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, count, world)
+    num_workers = min(options.num_workers, max(1, len(indices) // options.eval_batch_size_per_gpu))
     loader = torch.utils.data.DataLoader(
         _Prompts(make_example, indices, processor),
         batch_size=options.eval_batch_size_per_gpu,
-        num_workers=min(options.num_workers, max(1, len(indices) // options.eval_batch_size_per_gpu)),
+        num_workers=num_workers,
+        multiprocessing_context=loader_context(num_workers),
         collate_fn=lambda encoded: collate(processor, encoded, padding_side="left"),
     )
     was_training = model.training

@@ -27,11 +27,25 @@ TOWER_TARGETS = (
 )
 
 
-def check_checkpoint(name_or_path: str) -> Path | None:
-    """Find out, before any weight is read, whether this is a Phi-3.5-vision checkpoint or an adapter of one.
+def check_checkpoint(options: argparse.Namespace) -> None:
+    """Find out, before any weight is read, whether `--model_name_or_path` can be used with these options.
 
-    Returns:
-        The path of its `adapter_config.json` where it holds an adapter.
+    Raises:
+        UserError: nothing there, another model type, an adapter that the options do not go on training.
+    """
+    adapter = find_adapter(options.model_name_or_path)
+    if adapter is None or options.eval_only:
+        return
+    rank = json.loads(adapter.read_text())["r"]
+    if not options.use_lora or options.lora_rank != rank:
+        raise UserError(
+            f"--model_name_or_path {options.model_name_or_path} is an adapter of rank {rank}: train it further with "
+            f"--use_lora --lora_rank {rank}, or add --eval_only"
+        )
+
+
+def find_adapter(name_or_path: str) -> Path | None:
+    """The `adapter_config.json` of an adapter; None for a checkpoint of the whole model.
 
     Raises:
         UserError: nothing there, or a checkpoint of another model type.
@@ -68,14 +82,14 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         options: `precision`, `attention`, `device` and `use_qlora` (the base's weights in NF4) count.
 
     Raises:
-        UserError: see `check_checkpoint`.
+        UserError: see `find_adapter`.
         ValueError: missing or unexpected weights.
     """
-    adapter = check_checkpoint(str(name_or_path))
+    adapter = find_adapter(str(name_or_path))
     base = str(name_or_path)
     if adapter is not None:
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        check_checkpoint(base)
+        find_adapter(base)
     # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
     # training begins, and evaluation before and after is the same for every method.
     unset_hf_deepspeed_config()

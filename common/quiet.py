@@ -40,6 +40,8 @@ def silence_known_messages() -> None:
         logging.getLogger(name).addFilter(_BeginsWith(beginning))
     # PEFT asks for transformers' attribute by its old name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # examples are tokenised one by one in the loader's workers, where the library's own threads only get in the way
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         # DeepSpeed guesses this too, and warns that it guessed
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .cli import deepspeed_file, files_of_run
 from .collation import collate
-from .data import ExampleDataset, ExampleKey
+from .data import ExampleDataset, ExampleKey, loader_context
 from .phi3v import Phi3VProcessor
 
 
@@ -41,9 +42,9 @@ def start(options: argparse.Namespace) -> TrainingArguments:
     Raises:
         RuntimeError: when the libraries set up fewer processes than were started.
     """
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29501")
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     uses_deepspeed = options.method in ("full", "frozen")
     if uses_deepspeed:
@@ -76,6 +77,7 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         dataloader_num_workers=options.num_workers,
         logging_steps=options.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
         save_strategy="no",
         report_to=options.report_to,
         disable_tqdm=not options.tqdm,
@@ -92,6 +94,12 @@ def start(options: argparse.Namespace) -> TrainingArguments:
     set_seed(options.seed)
     say(describe(options))
     return arguments
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -205,6 +213,7 @@ class RecipeTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=loader_context(self.args.dataloader_num_workers),
             pin_memory=torch.cuda.is_available(),
         )
 

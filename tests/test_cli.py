@@ -121,6 +121,7 @@ WRONG = [
     (("--use_flash_attention",), "--use_flash_attention needs a CUDA GPU and there is none"),
     (("--data_dir", "/no/such/folder"), "--data_dir /no/such/folder: there is no such folder"),
     (("--deepspeed", "absent.json"), "--deepspeed absent.json: there is no such file"),
+    (("--report_to", "neptune_of_old"), "--report_to neptune_of_old: not installed here"),
     (("--output_dir", "/proc/output"), "--output_dir /proc/output cannot be written"),
     (("--eval_steps", 5, "--deepspeed", "ds_configs/zero3.json"), "--eval_steps does not go with ZeRO-3"),
 ]
@@ -183,7 +184,11 @@ def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         run(fails)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""  # the first process has found the same
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit):
+        run(fails)
+    assert capsys.readouterr().err == "error: what is wrong\n"  # later, nobody else has
 
 
 def test_every_option_is_read_by_something():

@@ -194,3 +194,28 @@ def test_evaluating_a_saved_adapter(run_of, pages, tmp_path):
     ended = run_script(SCRIPT, *options, "--output_dir", tmp_path, "--no-tqdm", processes=0)
     assert ended.returncode == 0, ended.stdout[-4000:]
     assert read_evaluation(tmp_path, "eval_only")["examples"] == read_evaluation(folder, "eval_after")["examples"]
+
+
+def test_undecodable_page_ends_the_run_with_its_place(pages, tmp_path):
+    """Found by the second process's loader, in the middle of an epoch: its message alone, and exit code 2."""
+    import datasets
+
+    rows = datasets.Dataset.from_parquet(str(pages / "data" / "train-00000-of-00001.parquet"))
+    rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(4))
+    broken = [{**row, "image": {"bytes": row["image"]["bytes"][:3000], "path": None}} for row in rows]
+    datasets.Dataset.from_list(broken, features=rows.features).to_parquet(tmp_path / "train.parquet")
+    options = ("--train_data", tmp_path / "train.parquet", "--eval_data", pages, "--eval_limit", 2, "--use_lora")
+    ended = run_script(SCRIPT, *shared_options(pages, tmp_path / "out"), *options)
+    assert ended.returncode != 0
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
+    assert lines, ended.stdout[-3000:]
+    assert re.fullmatch(rf"error: {tmp_path}/train.parquet, split train, row \d: the image \(3000 bytes\) .*", lines[0])
+    assert (tmp_path / "out" / "eval_before.json").exists()  # work already done is kept
+
+
+def test_wrong_options_start_nothing(pages, tmp_path):
+    options = shared_options(pages, tmp_path / "out")
+    ended = run_script(SCRIPT, *options, "--num_crops", 17, "--batch_size", 7, "--use_flash_attention")
+    assert ended.returncode != 0
+    assert ended.stdout.count("error: 3 problems:") == 1
+    assert not (tmp_path / "out").exists()

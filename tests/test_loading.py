@@ -11,7 +11,7 @@ from peft import PeftModel
 from common import loading
 from common.cli import Precision
 from common.errors import UserError
-from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
+from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
 from tests.model_helpers import tiny_model, write_stand_in_checkpoint
 
 
@@ -170,18 +170,18 @@ def test_adapter_is_loaded_on_the_base_it_names(checkpoint, tmp_path):
 def test_another_model_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match='is a "llama" model; this recipe trains "phi3_v"'):
-        check_checkpoint(str(tmp_path))
+        find_adapter(str(tmp_path))
 
 
 def test_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"is not a checkpoint folder.*make demo"):
-        check_checkpoint(str(tmp_path))
+        find_adapter(str(tmp_path))
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="--model_name_or_path no/such could not be fetched from the hub") as error:
-        check_checkpoint("no/such")
+        find_adapter("no/such")
     assert "\n" not in str(error.value)
     assert "make demo" in str(error.value)
 
@@ -195,3 +195,17 @@ def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing from the checkpoint: \['model.norm.weight'\]"):
         load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
+
+
+def test_training_an_adapter_further(checkpoint, tmp_path):
+    model, _ = load_for_training(options_for(checkpoint, use_lora=True))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    check_checkpoint(options_for(tmp_path / "adapter", eval_only=True))
+    check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, lora_rank=4))
+    for values in ({}, {"use_lora": True, "lora_rank": 64}):
+        with pytest.raises(UserError, match="is an adapter of rank 4: train it further with --use_lora --lora_rank 4"):
+            check_checkpoint(options_for(tmp_path / "adapter", **values))
+    again = load_model(tmp_path / "adapter", options_for(tmp_path / "adapter", use_lora=True))
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }

@@ -123,7 +123,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def __call__(
         self,
         images: Image.Image | Sequence[Image.Image],
-        return_tensors: str | None = "pt",
+        return_tensors: str = "pt",
         num_crops: int | None = None,
     ) -> BatchFeature:
         """Process one or several pictures.
@@ -140,7 +140,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: for a picture that is too thin or cannot be decoded, with its place in the list.
         """
-        if return_tensors not in ("pt", None):
+        if return_tensors != "pt":
             raise ValueError(f'return_tensors is "{return_tensors}"; only "pt" is offered')
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         limit = self.num_crops if num_crops is None else num_crops

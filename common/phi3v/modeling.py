@@ -186,15 +186,17 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # reported below, with their names
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         misshapen = sorted(info.get("mismatched_keys") or ())  # (name, shape in the checkpoint, shape in the model)
-        info["mismatched_keys"] = [f"{name}: {list(here)}, not {list(there)}" for name, here, there in misshapen]
+        found = info | {
+            "mismatched_keys": [f"{name}: {list(one)}, not {list(other)}" for name, one, other in misshapen]
+        }
         problems = [
-            f"{what} {sorted(map(str, info[key]))}"
+            f"{what} {sorted(map(str, found[key]))}"
             for key, what in (
                 ("missing_keys", "weights missing from the checkpoint:"),
                 ("unexpected_keys", "weights that this model does not have:"),
                 ("mismatched_keys", "weights of another shape:"),
             )
-            if info.get(key)
+            if found.get(key)
         ]
         if problems:
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a {cls.__name__}: " + "; ".join(problems))

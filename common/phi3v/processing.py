@@ -77,7 +77,7 @@ class Phi3VProcessor(ProcessorMixin):
         self,
         text: str | Sequence[str],
         images: Image.Image | Sequence[Image.Image] | None = None,
-        return_tensors: str | None = "pt",
+        return_tensors: str = "pt",
         padding_side: str = "left",
         num_crops: int | None = None,
     ) -> BatchFeature:
@@ -97,6 +97,8 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: when tags and pictures do not match.
         """
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors is "{return_tensors}"; only "pt" is offered')
         single = isinstance(text, str)
         prompts = [text] if single else list(text)
         if single:
