@@ -219,3 +219,18 @@ def test_wrong_options_start_nothing(pages, tmp_path):
     assert ended.returncode != 0
     assert ended.stdout.count("error: 3 problems:") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("configuration", ["zero2_offload", "zero3"])
+def test_other_deepspeed_configurations(run_of, pages, tmp_path, configuration):
+    """The same steps as ZeRO-2 to 1e-5 in float32, and a complete checkpoint."""
+    _, folder = run_of("full")
+    options = (*shared_options(pages, tmp_path / "out"), "--deepspeed", f"ds_configs/{configuration}.json")
+    options = [*options[: options.index("--eval_steps")], *options[options.index("--eval_steps") + 2 :]]
+    ended = run_script(SCRIPT, *options, "--batch_size_per_gpu", 2, *METHODS["full"], "--max_steps", 3)
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    for other, own in zip(read_log(tmp_path / "out"), read_log(folder)[:3], strict=True):
+        assert other["loss"] == pytest.approx(own["loss"], abs=1e-5 * own["loss"])
+    changed, kept = changed_weights(tmp_path / "out")
+    assert len(changed) > len(kept)
