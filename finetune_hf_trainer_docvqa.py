@@ -11,6 +11,7 @@ Evaluates, trains, saves a complete checkpoint, loads what was saved and evaluat
 """
 
 import argparse
+import functools
 import random
 from typing import Any
 
@@ -29,7 +30,7 @@ VALIDATION = "lmms-lab/DocVQA:DocVQA"
 LAYOUTS = (("image", "query", "answers"), ("images", "texts"), ("image", "question", "answers"))
 
 
-# --- options -----------------------------------------------------------------------------------
+# --- options
 
 
 def parse() -> argparse.Namespace:
@@ -47,15 +48,14 @@ def parse() -> argparse.Namespace:
     return parse_options(parser)
 
 
-# --- data --------------------------------------------------------------------------------------
+# --- data
 
 
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     train_source = options.train_data or options.data_dir or (FULL if options.full_train else MINI)
     eval_source = options.eval_data or options.data_dir or (VALIDATION if options.eval_split == "validation" else MINI)
-    train_rows = None if options.eval_only else load_rows(train_source, "train", LAYOUTS, "--train_data")
-    eval_rows = load_rows(eval_source, options.eval_split, LAYOUTS, "--eval_data")
-    return train_rows, eval_rows.first(options.eval_limit)
+    eval_rows = load_rows(eval_source, options.eval_split, LAYOUTS, "--eval_data").first(options.eval_limit)
+    return None if options.eval_only else load_rows(train_source, "train", LAYOUTS, "--train_data"), eval_rows
 
 
 def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -89,7 +89,7 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
     return ExampleDataset(len(numbers), make_example, lambda one: encode_example(processor, one), options.seed)
 
 
-# --- metric ------------------------------------------------------------------------------------
+# --- metric
 
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
@@ -101,11 +101,10 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
 
     generated = generate_answers(model, processor, len(rows), make_example, options, title=name)
     examples = []
-    for index, answer in enumerate(generated):
-        row = rows[index]
-        question, accepted = questions(row)[0]
+    for index, (answer, _) in enumerate(generated):
+        question, accepted = questions(rows[index])[0]
         scores = {"anls": anls(answer, accepted), "anls_recipe": anls_recipe(answer, accepted)}
-        identity = str(row.get("id", row.get("questionId", index)))
+        identity = str(rows[index].get("id", rows[index].get("questionId", index)))
         examples.append({"id": identity, "question": question, "answers": accepted, "generated": answer, **scores})
     totals = {metric: mean([one[metric] for one in examples]) for metric in ("anls", "anls_recipe")}
     write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
@@ -116,7 +115,7 @@ def in_words(totals: dict[str, float]) -> str:
     return f"ANLS {totals['anls']:.4f} (the published tables' variant {totals['anls_recipe']:.4f})"
 
 
-# --- steps -------------------------------------------------------------------------------------
+# --- steps
 
 
 def main() -> None:
@@ -134,16 +133,11 @@ def main() -> None:
     say(f"before training: {in_words(before)}")
 
     model = prepare_for_training(model, processor, options)
-    trainer = train(
-        model,
-        processor,
-        training_set(train_rows, processor, options),
-        arguments,
-        options,
-        evaluate=lambda name: evaluate(model, processor, eval_rows, options, name),
-    )
+    dataset = training_set(train_rows, processor, options)
+    evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
+    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)
-    del model
+    del model, evaluate_now
     free_memory(trainer)
 
     model = load_model(options.output_dir, options)

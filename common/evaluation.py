@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,18 @@ from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 
 MAX_NEW_TOKENS = 64  # as published
+
+
+class Generated(NamedTuple):
+    """One answer.
+
+    Attributes:
+        text: special tokens dropped.
+        probabilities: of each candidate's first token at the answer's first position.
+    """
+
+    text: str
+    probabilities: tuple[float, ...] = ()
 
 
 class _Prompts(torch.utils.data.Dataset):
@@ -46,8 +58,9 @@ def generate_answers(
     make_example: Callable[[int], Example],
     options: argparse.Namespace,
     title: str = "evaluate",
+    candidates: Sequence[str] = (),
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[str]:
+) -> list[Generated]:
     """Greedy answers to the last turn of every example.
 
     Every process generates its share, in batches padded on the left; the answers are gathered, so
@@ -58,10 +71,11 @@ def generate_answers(
         make_example: number -> example; called in worker processes.
         options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device` and `tqdm` count.
         title: of the progress bar.
+        candidates: answers whose probabilities are asked for.
         max_new_tokens: the longest answer.
 
     Returns:
-        `count` texts, special tokens dropped.
+        `count` answers.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, count, world)
@@ -75,7 +89,8 @@ def generate_answers(
     )
     was_training = model.training
     model.eval()
-    answers: list[str] = []
+    first_tokens = [processor.tokenizer(one, add_special_tokens=False).input_ids[0] for one in candidates]
+    answers: list[Generated] = []
     with _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
         for batch in loader:
             inputs = {
@@ -90,10 +105,17 @@ def generate_answers(
                 use_cache=True,
                 eos_token_id=end_token_ids(processor),
                 pad_token_id=processor.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=bool(candidates),
             )
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            answers += processor.batch_decode(new_tokens, skip_special_tokens=True)
-            progress.update(min(world * len(new_tokens), count - progress.n))
+            texts = processor.batch_decode(
+                output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            probabilities = [()] * len(texts)
+            if candidates:  # (batch, vocabulary) -> (batch, candidates)
+                probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
+            answers += [Generated(text, tuple(each)) for text, each in zip(texts, probabilities, strict=True)]
+            progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
     return _gather_in_order(answers, world)
 
@@ -104,7 +126,7 @@ def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
     return torch.autocast(torch.device(options.device).type, dtype=options.precision.autocast)
 
 
-def _gather_in_order(answers: list[str], world: int) -> list[str]:
+def _gather_in_order(answers: list[Generated], world: int) -> list[Generated]:
     """Process r holds the answers to examples r, r + world, …; deal them back."""
     if world == 1:
         return answers

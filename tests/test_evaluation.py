@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from common.cli import Precision
-from common.collation import Example, Turn
+from common.collation import Example, Turn, encode_example
 from common.evaluation import generate_answers, write_evaluation
 from common.phi3v import Phi3VProcessor
 from tests.launch import free_port
@@ -25,6 +25,10 @@ def make_example(index):
 
 
 def answers(folder, batch_size, workers=0):
+    return [answer.text for answer in generate(folder, batch_size, workers)]
+
+
+def generate(folder, batch_size, workers=0, candidates=()):
     model = tiny_model().eval()
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
     options = argparse.Namespace(
@@ -34,7 +38,7 @@ def answers(folder, batch_size, workers=0):
         device="cpu",
         tqdm=False,
     )
-    return generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=6)
+    return generate_answers(model, processor, COUNT, make_example, options, candidates=candidates, max_new_tokens=6)
 
 
 def one_of_three(rank, folder, port):
@@ -91,3 +95,21 @@ def test_evaluation_file(tmp_path):
     assert content["anls"] == 0.5
     assert content["examples"] == [{"id": "1", "generated": "ü"}]
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["eval_x.json"]
+
+
+def test_probabilities_of_candidates(folder):
+    """Those of the candidates' first tokens where the answer begins, batched or not (float32: 1e-4 relative)."""
+    batched = generate(folder, batch_size=3, candidates=("Yes", "No"))
+    alone = generate(folder, batch_size=1, candidates=("Yes", "No"))
+    model = tiny_model().eval()
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    tokens = [processor.tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("Yes", "No")]
+    for index in range(COUNT):
+        encoded = encode_example(processor, make_example(index), with_answer=False)
+        inputs = {name: value for name, value in encoded.items() if name != "labels"}
+        inputs["input_ids"] = inputs["input_ids"][None]
+        with torch.no_grad():
+            expected = model(**inputs).logits[0, -1].softmax(-1)[tokens].tolist()
+        assert batched[index].probabilities == pytest.approx(expected, rel=1e-4)
+        assert alone[index].probabilities == pytest.approx(expected, rel=1e-4)
+        assert batched[index].text == alone[index].text
