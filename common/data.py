@@ -7,6 +7,7 @@ that cannot be decoded is reported with its data set, split and row.
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
     except UserError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{option} {path}: {by_split[split]} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{option} {path}: {by_split[split]} cannot be read: {one_line(error)}") from error
 
 
 def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
@@ -118,15 +119,15 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except ValueError as error:  # an unknown configuration or split: the library's message lists those there are
-        raise UserError(f"{option} {source}: {_one_line(error)} (a configuration is named ID:CONFIG)") from error
+        raise UserError(f"{option} {source}: {one_line(error)} (a configuration is named ID:CONFIG)") from error
     except Exception as error:  # the hub's errors are of many kinds: connection, time-out, not found, gated
         raise UserError(
-            f"the data set {source} could not be fetched from the hub ({type(error).__name__}: {_one_line(error)}); "
+            f"the data set {source} could not be fetched from the hub ({type(error).__name__}: {one_line(error)}); "
             f"give a local copy with --data_dir or {option}, or try `make demo`, which needs no network"
         ) from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
@@ -161,8 +162,66 @@ def decode_image(cell: Any, place: str) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         size = "" if content is None else f" ({len(content)} bytes)"
-        raise UserError(f"{place}: the image{size} cannot be decoded: {_one_line(error)}") from error
+        raise UserError(f"{place}: the image{size} cannot be decoded: {one_line(error)}") from error
     return image
+
+
+def split_off_first(rows: Rows, count: int) -> tuple[Rows, Rows]:
+    """The rows from `count` on, to train on, and the first `count`, to evaluate on: as published for the_cauldron.
+
+    Raises:
+        UserError: when nothing is left to train on.
+    """
+    if len(rows) <= count:
+        raise UserError(f"{rows.source} has {len(rows)} rows; the first {count} are for evaluation: none to train on")
+    return rows.select(range(count, len(rows))), rows.select(range(count))
+
+
+def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The dictionaries of a file with one JSON value per line, with their line numbers; empty lines are passed over.
+
+    Raises:
+        UserError: no such file, or a line that is no JSON dictionary in UTF-8, with file and line.
+    """
+    records = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                    raise UserError(f"{path}, line {number}: no JSON in UTF-8 ({one_line(error)})") from error
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}, line {number}: {type(record).__name__} instead of a dictionary")
+                records.append((number, record))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return records
+
+
+def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) -> Rows:
+    """Rows made of dictionaries, in which a picture is `{"bytes": None, "path": …}`.
+
+    Raises:
+        UserError: where there are none.
+    """
+    if not records:
+        raise UserError(f"{source}, split {split}, is empty")
+    return Rows(source, split, datasets.Dataset.from_list(list(records)))
+
+
+def path_inside(folder: Path, name: str, place: str) -> Path:
+    """A file named in the data, which must lie inside the data's folder.
+
+    Raises:
+        UserError: for a path that leaves the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{place}: the path {name} leaves the folder {folder}")
+    return path
 
 
 class ExampleKey(NamedTuple):

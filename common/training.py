@@ -120,7 +120,7 @@ def describe(options: argparse.Namespace) -> str:
 
 def is_first_process() -> bool:
     """True on the one process that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
 def wait_for_all() -> None:

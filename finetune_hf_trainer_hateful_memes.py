@@ -1,0 +1,157 @@
+"""Fine-tune Phi-3.5-vision to classify hateful memes.
+
+    # A100 or H100 nodes; without the last two options on V100 (float16)
+    torchrun --nproc_per_node=8 --nnodes=<num_nodes> \
+        --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT --node_rank=$NODE_RANK \
+        finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> --batch_size 64 --use_flash_attention --bf16
+
+    # LoRA; QLoRA with --use_qlora besides
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> --batch_size 64 \
+        --use_lora
+
+Evaluates, trains, saves a complete checkpoint, loads what was saved and evaluates that.
+"""
+
+import argparse
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+from sklearn.metrics import roc_auc_score
+
+from common.cli import make_parser, parse_options
+from common.collation import Example, Turn, encode_example
+from common.data import (
+    ExampleDataset,
+    Rows,
+    decode_image,
+    load_rows,
+    path_inside,
+    read_json_lines,
+    rows_of_records,
+    split_off_first,
+)
+from common.errors import UserError, run
+from common.evaluation import generate_answers, write_evaluation
+from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
+from common.metrics import exact_match, mean, strip_answer
+from common.training import free_memory, save, say, start, train
+
+HUB = "HuggingFaceM4/the_cauldron:hateful_memes"
+LAYOUTS = (("images", "texts"),)
+EVAL_ROWS = 500  # as published: the first 500 rows for evaluation, the rest for training
+QUESTION = "Is this meme hateful? Answer yes or no."  # of the original challenge's files, which hold none
+LABELS = ("No", "Yes")
+
+
+# --- options
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser("Fine-tune Phi-3.5-vision to classify hateful memes.")
+    parser.add_argument(
+        "--eval_file",
+        default="dev_seen.jsonl",
+        help="with the original challenge's folder as --data_dir, the file to evaluate on (%(default)s)",
+    )
+    return parse_options(parser)
+
+
+# --- data
+
+
+def load_data(options: argparse.Namespace) -> tuple[Rows, Rows]:
+    if options.data_dir and (Path(options.data_dir) / "train.jsonl").is_file():
+        folder = Path(options.data_dir)
+        train_rows, eval_rows = challenge_rows(folder, "train.jsonl"), challenge_rows(folder, options.eval_file)
+    else:
+        rows = load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
+        train_rows, eval_rows = split_off_first(rows, EVAL_ROWS)
+    return train_rows, eval_rows.first(options.eval_limit)
+
+
+def challenge_rows(folder: Path, name: str) -> Rows:
+    """The original challenge's files (`img/`, JSON lines of id, img, label, text), in the_cauldron's layout."""
+    records = []
+    for number, record in read_json_lines(folder / name):
+        place = f"{folder / name}, line {number}"
+        if not isinstance(record.get("img"), str) or record.get("label") not in (0, 1):
+            raise UserError(f"{place}: needs img, a path, and label, 0 or 1 (the test files without labels have none)")
+        image = {"bytes": None, "path": str(path_inside(folder, record["img"], place))}
+        records.append({"images": [image], "texts": [{"user": QUESTION, "assistant": LABELS[record["label"]]}]})
+    return rows_of_records(str(folder), name.removesuffix(".jsonl"), records)
+
+
+def make_example(rows: Rows, index: int, generator: random.Random | None = None) -> Example:
+    row, place = rows[index], rows.place(index)
+    text = row["texts"][0]
+    return Example(
+        place, [Turn(f"<|image_1|>\n{text['user']}", text["assistant"], [decode_image(row["images"][0], place)])]
+    )
+
+
+# --- metric
+
+
+def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Accuracy over the rows, and the AUROC of P(yes) / (P(yes) + P(no)), written to `<name>.json`."""
+    texts = [row["texts"][0] for row in rows.table.select_columns(["texts"])]
+    # the two answers as the data writes them ("Yes", "No."), whose first tokens are compared
+    written = {strip_answer(text["assistant"]).lower(): text["assistant"] for text in texts}
+    candidates = tuple(written.get(label.lower(), label) for label in LABELS)
+    generated = generate_answers(
+        model, processor, len(rows), functools.partial(make_example, rows), options, title=name, candidates=candidates
+    )
+    examples = []
+    for index, (text, (answer, (no, yes))) in enumerate(zip(texts, generated, strict=True)):
+        score = {"correct": exact_match(answer, text["assistant"]), "probability_yes": yes / max(yes + no, 1e-30)}
+        asked = {"id": rows.place(index), "question": text["user"], "answers": [text["assistant"]]}
+        examples.append({**asked, "generated": answer, **score})
+    truth = [strip_answer(text["assistant"]).lower() == "yes" for text in texts]
+    totals = {"accuracy": mean([one["correct"] for one in examples]), "auroc": None}
+    if len(set(truth)) == 2:
+        totals["auroc"] = float(roc_auc_score(truth, [one["probability_yes"] for one in examples]))
+    write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
+    return totals
+
+
+def in_words(totals: dict[str, Any]) -> str:
+    auroc = "only one class" if totals["auroc"] is None else f"AUROC {totals['auroc']:.4f}"
+    return f"accuracy {totals['accuracy']:.4f} ({auroc})"
+
+
+# --- steps
+
+
+def main() -> None:
+    options = parse()
+    check_checkpoint(options)
+    train_rows, eval_rows = load_data(options)
+    arguments = start(options)
+    processor = load_processor(options)
+    model = load_model(options.model_name_or_path, options)
+
+    before = evaluate(model, processor, eval_rows, options, "eval_only" if options.eval_only else "eval_before")
+    if options.eval_only:
+        say(in_words(before))
+        return
+    say(f"before training: {in_words(before)}")
+
+    model = prepare_for_training(model, processor, options)
+    encode = functools.partial(encode_example, processor)
+    dataset = ExampleDataset(len(train_rows), functools.partial(make_example, train_rows), encode, options.seed)
+    evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
+    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
+    save(trainer, processor, options.output_dir)
+    del model, evaluate_now
+    free_memory(trainer)
+
+    model = load_model(options.output_dir, options)
+    after = evaluate(model, processor, eval_rows, options, "eval_after")
+    say(f"after training:  {in_words(after)}")
+    say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

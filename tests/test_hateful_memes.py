@@ -1,0 +1,172 @@
+"""Hateful Memes: both layouts, both metrics, and a short run as a user starts it."""
+
+import argparse
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune_hf_trainer_hateful_memes as memes
+from common.demo import CHECKPOINT
+from common.errors import UserError
+from common.evaluation import Generated
+from tests.launch import read_evaluation, read_log, run_script
+
+
+def picture(seed):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (24, 32, 3), dtype=np.uint8))
+
+
+def options_for(folder, **values):
+    return argparse.Namespace(**{"data_dir": str(folder), "eval_file": "dev_seen.jsonl", "eval_limit": None, **values})
+
+
+@pytest.fixture(scope="module")
+def cauldron(tmp_path_factory):
+    """A local copy in the_cauldron's layout: 500 rows to evaluate on and 24 to train on."""
+    folder = tmp_path_factory.mktemp("the_cauldron") / "hateful_memes"
+    text = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
+    rows = [
+        {
+            "images": [picture(k)],
+            "texts": [{"user": f"Hateful {k}?", "assistant": ("No.", "Yes.")[k % 2], "source": "hateful_memes"}],
+        }
+        for k in range(524)
+    ]
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List(text)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def challenge(tmp_path):
+    """The original challenge's folder."""
+    (tmp_path / "img").mkdir()
+    for name, ids in (("train", range(6)), ("dev_seen", range(6, 10)), ("dev_unseen", range(10, 12))):
+        lines = []
+        for k in ids:
+            picture(k).save(tmp_path / "img" / f"{k:05}.png")
+            lines.append(json.dumps({"id": k, "img": f"img/{k:05}.png", "label": k % 2, "text": f"text {k}"}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n\n")
+    return tmp_path
+
+
+def test_the_cauldron_is_split_as_published(cauldron):
+    train_rows, eval_rows = memes.load_data(options_for(cauldron))
+    assert (len(train_rows), len(eval_rows)) == (24, 500)
+    turn = memes.make_example(train_rows, 0).turns[0]
+    assert (turn.user, turn.assistant) == ("<|image_1|>\nHateful 500?", "No.")
+    assert np.array_equal(np.asarray(turn.images[0]), np.asarray(picture(500)))
+    assert memes.make_example(eval_rows, 499).turns[0].user == "<|image_1|>\nHateful 499?"
+    assert len(memes.load_data(options_for(cauldron, eval_limit=3))[1]) == 3
+
+
+def test_too_few_rows(cauldron, tmp_path):
+    rows = datasets.Dataset.from_parquet(str(cauldron / "train-00000-of-00001.parquet")).select(range(500))
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="has 500 rows; the first 500 are for evaluation: none to train on"):
+        memes.load_data(options_for(tmp_path))
+
+
+def test_original_challenge(challenge):
+    train_rows, eval_rows = memes.load_data(options_for(challenge))
+    assert (len(train_rows), len(eval_rows)) == (6, 4)
+    turn = memes.make_example(eval_rows, 1).turns[0]
+    assert turn.user == "<|image_1|>\nIs this meme hateful? Answer yes or no."
+    assert turn.assistant == "Yes"
+    assert np.array_equal(np.asarray(turn.images[0]), np.asarray(picture(7)))
+    assert len(memes.load_data(options_for(challenge, eval_file="dev_unseen.jsonl"))[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": 1, "img": "../secret.png", "label": 0}', r"line 1: the path ../secret.png leaves the folder"),
+        ('{"id": 1, "img": "img/1.png"}', r"line 1: needs img, a path, and label, 0 or 1"),
+        ('{"id": 1, "img": 5, "label": 0}', r"line 1: needs img, a path, and label, 0 or 1"),
+        ("[1]", r"line 1: list instead of a dictionary"),
+        ("{broken", r"line 1: no JSON in UTF-8"),
+        ("", r"is empty"),
+    ],
+)
+def test_faults_in_the_challenge_files(challenge, line, message):
+    (challenge / "train.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        memes.load_data(options_for(challenge))
+
+
+def test_missing_picture_and_missing_file(challenge):
+    (challenge / "img" / "00006.png").unlink()
+    rows = memes.load_data(options_for(challenge))[1]
+    with pytest.raises(UserError, match=r"split dev_seen, row 0: the image .*cannot be decoded"):
+        memes.make_example(rows, 0)
+    with pytest.raises(UserError, match=r"test_seen.jsonl cannot be read: No such file"):
+        memes.load_data(options_for(challenge, eval_file="test_seen.jsonl"))
+
+
+def evaluate_with(monkeypatch, rows, answers, folder):
+    asked = {}
+
+    def generate_answers(*args, candidates, **kwargs):
+        asked["candidates"] = candidates
+        return answers
+
+    monkeypatch.setattr(memes, "generate_answers", generate_answers)
+    return memes.evaluate(None, None, rows, argparse.Namespace(output_dir=folder), "eval_x"), asked
+
+
+def test_accuracy_and_auroc(monkeypatch, challenge, tmp_path):
+    """Labels no, yes, no, yes. Of the four pairs (yes, no), three are ranked right: AUROC 0.75."""
+    rows = memes.load_data(options_for(challenge))[1]
+    answers = [
+        Generated(" no.", (0.3, 0.1)),  # P(yes) = 0.25
+        Generated("Yes.", (0.1, 0.4)),  # 0.8
+        Generated("maybe", (0.2, 0.3)),  # 0.6
+        Generated("No", (0.5, 0.5)),  # 0.5
+    ]
+    totals, asked = evaluate_with(monkeypatch, rows, answers, tmp_path / "out")
+    assert totals == {"accuracy": 0.5, "auroc": 0.75}
+    assert asked["candidates"] == ("No", "Yes")
+    stored = read_evaluation(tmp_path / "out", "eval_x")
+    assert [one["probability_yes"] for one in stored["examples"]] == pytest.approx([0.25, 0.8, 0.6, 0.5])
+    assert stored["num_examples"] == 4
+
+
+def test_candidates_are_written_as_in_the_data(monkeypatch, cauldron, tmp_path):
+    rows = memes.load_data(options_for(cauldron, eval_limit=2))[1]
+    _, asked = evaluate_with(monkeypatch, rows, [Generated("x", (0.0, 0.0))] * 2, tmp_path)
+    assert asked["candidates"] == ("No.", "Yes.")
+
+
+def test_one_class_has_no_auroc(monkeypatch, cauldron, tmp_path):
+    rows = memes.load_data(options_for(cauldron, eval_limit=1))[1]
+    totals, _ = evaluate_with(monkeypatch, rows, [Generated("no", (0.5, 0.5))], tmp_path)
+    assert totals == {"accuracy": 1.0, "auroc": None}
+    assert "only one class" in memes.in_words(totals)
+
+
+def test_run(cauldron, tmp_path):
+    """Two processes, LoRA: a short run to the end."""
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", cauldron, "--output_dir", tmp_path, "--num_crops", 1)
+    options += ("--batch_size", 8, "--max_steps", 4, "--warmup_steps", 1, "--logging_steps", 1, "--eval_limit", 3)
+    ended = run_script(
+        "finetune_hf_trainer_hateful_memes.py",
+        *options,
+        "--use_lora",
+        "--lora_rank",
+        4,
+        "--learning_rate",
+        "1e-2",
+        "--no-tqdm",
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert losses[-1] < losses[0]
+    after = read_evaluation(tmp_path, "eval_after")
+    assert after["num_examples"] == 3
+    assert all(0 <= one["probability_yes"] <= 1 for one in after["examples"])
+    assert f"accuracy {after['accuracy']:.4f}" in ended.stdout
+    assert torch.isfinite(torch.tensor(losses)).all()

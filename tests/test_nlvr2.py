@@ -1,0 +1,150 @@
+"""NLVR2: both layouts, questions as turns or apart, missing images, and a short run as a user starts it."""
+
+import argparse
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune_hf_trainer_nlvr2 as nlvr2
+from common.demo import CHECKPOINT
+from common.errors import UserError
+from tests.launch import read_evaluation, read_log, run_script
+
+
+def picture(seed):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (24, 32, 3), dtype=np.uint8))
+
+
+def options_for(folder, **values):
+    options = {"data_dir": str(folder), "eval_limit": None, "separate_questions": False, "skip_missing": False}
+    return argparse.Namespace(**{**options, **values})
+
+
+@pytest.fixture(scope="module")
+def cauldron(tmp_path_factory):
+    """A local copy in the_cauldron's layout: 500 rows to evaluate on and 12 to train on, of 1 to 3 questions."""
+    folder = tmp_path_factory.mktemp("the_cauldron") / "nlvr2"
+    text = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
+    rows = [
+        {
+            "images": [picture(2 * k), picture(2 * k + 1)],
+            "texts": [
+                {"user": f"Q{k}.{q}", "assistant": ("No.", "Yes.")[(k + q) % 2], "source": "nlvr2"}
+                for q in range(1 + k % 3)
+            ],
+        }
+        for k in range(512)
+    ]
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List(text)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(params=["images", "."])
+def original(tmp_path, request):
+    """The original files: two training pairs in numbered sub-folders, one of three sentences; one dev pair."""
+    root = tmp_path / request.param
+    records = {"train": [], "dev": []}
+    pairs = (("train", "train-10-0", 3, 57), ("train", "train-11-1", 1, 58), ("dev", "dev-850-0", 2, None))
+    for number, (split, pair, sentences, directory) in enumerate(pairs):
+        folder = root / split / str(directory) if directory else root / split
+        folder.mkdir(parents=True)
+        for side in (0, 1):
+            # JPEG content under a PNG's name, and a JPEG's name: both occur
+            ending = ".png" if side else ".jpg"
+            with open(folder / f"{pair}-img{side}{ending}", "wb") as file:
+                picture(2 * number + side).save(file, "JPEG")
+        for sentence in range(sentences):
+            record = {
+                "identifier": f"{pair}-{sentence}",
+                "sentence": f"S {pair} {sentence}.",
+                "label": ("True", "False")[sentence % 2],
+            }
+            records[split].append(record | ({"directory": directory} if directory else {}))
+    for split, lines in records.items():
+        (tmp_path / f"{split}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_cauldron_is_split_as_published(cauldron):
+    train_rows, eval_rows = nlvr2.load_data(options_for(cauldron))
+    assert (len(train_rows), len(eval_rows)) == (12, 500)
+    assert eval_rows[499]["texts"][0]["user"] == "Q499.0"
+
+
+def test_further_questions_are_further_turns(cauldron):
+    train_rows, _ = nlvr2.load_data(options_for(cauldron))
+    numbers = nlvr2.number_examples(train_rows, options_for(cauldron))
+    assert len(numbers) == 12
+    turns = nlvr2.make_example(train_rows, numbers, 0).turns  # row 500: 500 % 3 = 2, so three questions
+    assert [turn.user for turn in turns] == ["<|image_1|><|image_2|>\nQ500.0", "Q500.1", "Q500.2"]
+    assert [turn.assistant for turn in turns] == ["No.", "Yes.", "No."]
+    assert [len(turn.images) for turn in turns] == [2, 0, 0]
+    for image, seed in zip(turns[0].images, (1000, 1001), strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(picture(seed)))
+
+
+def test_separate_questions(cauldron):
+    options = options_for(cauldron, separate_questions=True)
+    train_rows, _ = nlvr2.load_data(options)
+    numbers = nlvr2.number_examples(train_rows, options)
+    assert len(numbers) == sum(1 + k % 3 for k in range(500, 512))
+    users = [nlvr2.make_example(train_rows, numbers, index).turns for index in range(3)]
+    assert [[turn.user for turn in turns] for turns in users] == [
+        [f"<|image_1|><|image_2|>\nQ500.{number}"] for number in range(3)
+    ]
+
+
+def test_original_files(original):
+    train_rows, eval_rows = nlvr2.load_data(options_for(original))
+    assert (len(train_rows), len(eval_rows)) == (2, 1)
+    turns = nlvr2.make_example(train_rows, [(0, None)], 0).turns
+    assert [turn.user for turn in turns] == [
+        "<|image_1|><|image_2|>\nS train-10-0 0. Is this statement true? Answer yes or no.",
+        "S train-10-0 1. Is this statement true? Answer yes or no.",
+        "S train-10-0 2. Is this statement true? Answer yes or no.",
+    ]
+    assert [turn.assistant for turn in turns] == ["Yes", "No", "Yes"]
+    assert [image.size for image in turns[0].images] == [(32, 24)] * 2
+
+
+def test_missing_image(original, capsys):
+    for file in original.rglob("train-11-1-img1.png"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"train.json, line 4: an image of train-11-1-0 is missing; add --skip_missing"):
+        nlvr2.load_data(options_for(original))
+    train_rows, _ = nlvr2.load_data(options_for(original, skip_missing=True))
+    assert len(train_rows) == 1
+    assert "train.json: left out 1 examples whose images are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"identifier": "a-0-0", "sentence": "S", "label": "Maybe"}, "line 1: needs identifier, sentence and label"),
+        ({"identifier": "a-0-0", "label": "True"}, "line 1: needs identifier, sentence and label"),
+        ({"identifier": "../../x-0", "sentence": "S", "label": "True"}, "line 1: the path .* leaves the folder"),
+    ],
+)
+def test_faults_in_the_original_files(original, record, message):
+    (original / "dev.json").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=message):
+        nlvr2.load_data(options_for(original))
+
+
+def test_run(cauldron, tmp_path):
+    """Two processes with two examples at once, full fine-tuning: a short run to the end."""
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", cauldron, "--output_dir", tmp_path, "--num_crops", 1)
+    options += ("--batch_size", 8, "--batch_size_per_gpu", 2, "--max_steps", 3, "--warmup_steps", 1, "--eval_limit", 3)
+    ended = run_script(
+        "finetune_hf_trainer_nlvr2.py", *options, "--logging_steps", 1, "--learning_rate", "1e-3", "--no-tqdm"
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert losses[-1] < losses[0]
+    after = read_evaluation(tmp_path, "eval_after")
+    assert after["num_examples"] == 3
+    assert [one["question"] for one in after["examples"]] == ["Q0.0", "Q1.0", "Q2.0"]
