@@ -17,7 +17,7 @@ from typing import Any
 
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn, encode_example
-from common.data import ExampleDataset, Rows, decode_image, load_rows
+from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows
 from common.errors import run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
@@ -52,10 +52,19 @@ def parse() -> argparse.Namespace:
 
 
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
-    train_source = options.train_data or options.data_dir or (FULL if options.full_train else MINI)
-    eval_source = options.eval_data or options.data_dir or (VALIDATION if options.eval_split == "validation" else MINI)
-    eval_rows = load_rows(eval_source, options.eval_split, LAYOUTS, "--eval_data").first(options.eval_limit)
-    return None if options.eval_only else load_rows(train_source, "train", LAYOUTS, "--train_data"), eval_rows
+    default_eval = VALIDATION if options.eval_split == "validation" else MINI
+    eval_rows = load(options, options.eval_data, default_eval, "--eval_data", options.eval_split)
+    check_answers(eval_rows, answers, "evaluate on rows with answers; the official ones are --eval_split validation")
+    if options.eval_only:
+        return None, eval_rows.first(options.eval_limit)
+    train_rows = load(options, options.train_data, FULL if options.full_train else MINI, "--train_data", "train")
+    check_answers(train_rows, answers, "leave the row out")
+    return train_rows, eval_rows.first(options.eval_limit)
+
+
+def load(options: argparse.Namespace, given: str | None, default: str, option: str, split: str) -> Rows:
+    option = "--data_dir" if options.data_dir and not given else option
+    return load_rows(given or options.data_dir or default, split, LAYOUTS, option)
 
 
 def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -64,6 +73,10 @@ def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
         return [(text["user"], [text["assistant"]]) for text in row["texts"]]
     question = row["query"]["en"] if "query" in row else row["question"]
     return [(f"{question}\nAnswer briefly.", row["answers"])]
+
+
+def answers(row: dict[str, Any]) -> list[list[str]]:
+    return [accepted for _, accepted in questions(row)]
 
 
 def page(rows: Rows, index: int) -> Any:
@@ -101,10 +114,11 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
 
     generated = generate_answers(model, processor, len(rows), make_example, options, title=name)
     examples = []
-    for index, (answer, _) in enumerate(generated):
-        question, accepted = questions(rows[index])[0]
+    texts = rows.table.remove_columns([name for name in ("image", "images") if name in rows.columns])
+    for index, (row, (answer, _)) in enumerate(zip(texts, generated, strict=True)):
+        question, accepted = questions(row)[0]
         scores = {"anls": anls(answer, accepted), "anls_recipe": anls_recipe(answer, accepted)}
-        identity = str(rows[index].get("id", rows[index].get("questionId", index)))
+        identity = str(row.get("id", row.get("questionId", index)))
         examples.append({"id": identity, "question": question, "answers": accepted, "generated": answer, **scores})
     totals = {metric: mean([one[metric] for one in examples]) for metric in ("anls", "anls_recipe")}
     write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)

@@ -20,11 +20,11 @@ from common.cli import make_parser, parse_options
 from common.collation import Example, encode_example
 from common.conversations import Conversations, load_conversations
 from common.data import ExampleDataset
-from common.errors import UserError, run
+from common.errors import UserError, is_first_process, run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
-from common.training import free_memory, is_first_process, save, say, start, train
+from common.training import free_memory, save, say, start, train
 
 OTHER = "(other)"  # an answer that names no class
 

@@ -12,17 +12,22 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
-from .errors import raise_all
+from .errors import UserError, is_first_process, raise_all
 
 MAX_NUM_CROPS = 16
+DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
 
 # What a run leaves in its output folder; one of them there means that another run has used it.
-RUN_FILES = ("eval_*.json", "train_log.jsonl", "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+RUN_FILES = (
+    *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     rare = parser.add_argument_group("rarely needed")
     rare.add_argument("--eval_batch_size_per_gpu", type=int, default=4, help="prompts generated at once (%(default)s)")
     rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
-    rare.add_argument("--deepspeed", default="ds_configs/zero2.json", help="for full fine-tuning (%(default)s)")
+    rare.add_argument("--deepspeed", help=f"JSON file, for full fine-tuning ({DEEPSPEED})")
     rare.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio: by comma (%(default)s)")
     rare.add_argument("--num_workers", type=int, default=4, help="loader processes per GPU (%(default)s)")
     rare.add_argument("--logging_steps", type=int, default=10, help="steps between two lines of the log (%(default)s)")
@@ -115,6 +120,7 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
     Raises:
         UserError: with all problems at once, before anything is loaded.
     """
+    parser.error = _raise_user_error
     options = parser.parse_args()
     options.use_lora = options.use_lora or options.use_qlora
     if options.use_flash_attention and flash_attention_implies_bf16:
@@ -129,6 +135,11 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
     options.accumulation = options.batch_size // (options.num_processes * options.batch_size_per_gpu)
     options.attention = choose_attention(options)
     return options
+
+
+def _raise_user_error(message: str) -> NoReturn:
+    """Instead of argparse's own way out, which prints the whole usage, once for every process."""
+    raise UserError(f"{message} (--help lists the options)")
 
 
 def _method(options: argparse.Namespace) -> str:
@@ -173,6 +184,13 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
     for name in ("learning_rate", "lora_alpha_ratio"):
         if not 0 < getattr(options, name) < float("inf"):
             problems.append(f"--{name} {getattr(options, name)}: it must be above 0")
+    if options.lora_rank > 0 and 0 < options.lora_alpha_ratio < float("inf"):
+        alpha = round(options.lora_rank * options.lora_alpha_ratio)
+        if alpha < 1:
+            problems.append(
+                f"--lora_rank {options.lora_rank} x --lora_alpha_ratio {options.lora_alpha_ratio} gives alpha {alpha}: "
+                "adapters of alpha 0 learn nothing; raise the ratio"
+            )
     if not 0 <= options.lora_dropout < 1:
         problems.append(f"--lora_dropout {options.lora_dropout}: it must be at least 0 and under 1")
     at_once = options.num_processes * options.batch_size_per_gpu
@@ -207,9 +225,15 @@ def _attention_problems(options: argparse.Namespace) -> list[str]:
 
 def _file_problems(options: argparse.Namespace) -> list[str]:
     problems = []
-    if options.data_dir is not None and not Path(options.data_dir).exists() and options.data_dir.count("/") != 1:
-        problems.append(f"--data_dir {options.data_dir}: there is no such folder")
-    if options.method in ("full", "frozen") and not options.eval_only:
+    for name in ("data_dir", "train_data", "eval_data", "model_name_or_path"):
+        value = getattr(options, name, None)
+        # a hub id has at most one slash and is no path
+        if value and not Path(value).expanduser().exists() and (value.count("/") > 1 or value[0] in "./~"):
+            problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
+    if options.eval_only or options.method not in ("full", "frozen"):
+        if options.deepspeed:
+            problems.append(f"--deepspeed {options.deepspeed} is for full fine-tuning: leave it out here")
+    else:
         problems += _deepspeed_problems(options)
     if options.report_to != "none":
         available = get_available_reporting_integrations()
@@ -220,18 +244,18 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
 
 def deepspeed_file(options: argparse.Namespace) -> Path:
     """The DeepSpeed configuration: as given, or beside the scripts."""
-    given = Path(options.deepspeed)
+    given = Path(options.deepspeed or DEEPSPEED)
     return given if given.is_file() else Path(__file__).resolve().parent.parent / given
 
 
 def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     file = deepspeed_file(options)
     if not file.is_file():
-        return [f"--deepspeed {options.deepspeed}: there is no such file"]
+        return [f"--deepspeed {file}: there is no such file; ds_configs/ holds zero2, zero2_offload and zero3"]
     try:
         stage = json.loads(file.read_text())["zero_optimization"]["stage"]
     except (ValueError, KeyError, TypeError) as error:
-        return [f"--deepspeed {options.deepspeed}: no JSON with zero_optimization.stage ({error})"]
+        return [f"--deepspeed {file}: no JSON with zero_optimization.stage ({error})"]
     if stage == 3 and options.eval_steps:
         return ["--eval_steps does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"]
     return []
@@ -250,7 +274,7 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
     if folder.resolve() == Path(options.model_name_or_path).resolve():
         return [f"--output_dir {folder} is the checkpoint that training starts from: choose another"]
     # Only the first process looks: by the time another one does, the run itself may have begun to write.
-    if int(os.environ.get("RANK", "0")) == 0 and not options.overwrite:
+    if is_first_process() and not options.overwrite:
         found = [file.name for file in files_of_run(folder)]
         if found:
             return [f"--output_dir {folder} holds another run ({', '.join(found)}): choose another, or add --overwrite"]

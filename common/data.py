@@ -66,7 +66,8 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
             of parquet files, one parquet file, or a folder written by `datasets`' `save_to_disk`.
         split: `train`, `validation` or `test`.
         layouts: the known sets of columns; the rows must have all columns of one of them.
-        option: the option that names the source, for messages.
+        option: the option that names the source, for messages. With `--data_dir`, which names one
+            source for training and evaluation, the files must tell their split.
 
     Raises:
         UserError: a folder that is missing or holds no data, a split that is not there, a hub that
@@ -88,33 +89,50 @@ def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     if (path / "dataset_dict.json").is_file():
         tables = datasets.load_from_disk(str(path))
-        if split not in tables:
-            raise UserError(f"{option} {path} has the splits {sorted(tables)}, not {split}")
+        _check_split(path, split, option, tables)
         return tables[split]
     if (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path))
+        table = datasets.load_from_disk(str(path))
+        name = str(table.split) if table.split is not None else None
+        _check_split(path, split, option, [SPLIT_NAMES.get(name, name)])
+        return table
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
-        raise UserError(f"{option} {path} holds no parquet files and no folder saved by datasets")
-    by_split: dict[str, list[str]] = {}
+        raise UserError(f"{option} {path} holds no parquet files and no folder saved by datasets: give one that does")
+    by_split: dict[str | None, list[Path]] = {}
     for file in files:
         stem = file.name.removesuffix(".parquet").split("-")[0].split("_")[0].split(".")[0]
-        by_split.setdefault(SPLIT_NAMES.get(stem, split), []).append(str(file))
-    if split not in by_split:
-        raise UserError(f"{option} {path} has the splits {sorted(by_split)}, not {split}")
+        by_split.setdefault(SPLIT_NAMES.get(stem), []).append(file)
+    _check_split(path, split, option, by_split)
+    chosen = by_split.get(split) or by_split[None]
+    folders = sorted({str(file.parent) for file in chosen})
+    if len(folders) > 1:
+        raise UserError(f"{option} {path} holds several data sets: give one of their folders, {', '.join(folders)}")
     try:
-        if not any(parquet.read_metadata(file).num_rows for file in by_split[split]):
+        if not any(parquet.read_metadata(file).num_rows for file in chosen):
             raise UserError(f"{path}, split {split}, is empty: give {option} a data set with rows")
-        return datasets.Dataset.from_parquet(by_split[split])
+        return datasets.Dataset.from_parquet([str(file) for file in chosen])
     except UserError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{option} {path}: {by_split[split]} cannot be read: {one_line(error)}") from error
+        raise UserError(
+            f"{option} {chosen[0]} cannot be read as parquet ({one_line(error)}): fetch it again"
+        ) from error
+
+
+def _check_split(path: Path, split: str, option: str, found: Iterable[str | None]) -> None:
+    """`found`: the splits that are there; None for one that does not tell its name."""
+    known = {name for name in found if name is not None}
+    if split in known or (None in found and option != "--data_dir"):
+        return
+    if None in found:
+        raise UserError(f"{path} does not tell which split it is: name it with --train_data or --eval_data")
+    raise UserError(f"{option} {path} has the splits {sorted(known)}, not {split}: name another copy for that")
 
 
 def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{option} {source}: there is no such file or folder")
+        raise UserError(f"{option} {source}: there is no such file or folder; give one, or a hub id")
     name, _, configuration = source.partition(":")
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
@@ -122,7 +140,8 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
         raise UserError(f"{option} {source}: {one_line(error)} (a configuration is named ID:CONFIG)") from error
     except Exception as error:  # the hub's errors are of many kinds: connection, time-out, not found, gated
         raise UserError(
-            f"the data set {source} could not be fetched from the hub ({type(error).__name__}: {one_line(error)}); "
+            f"{source} is no file or folder here, and could not be fetched from the hub as a data set "
+            f"({type(error).__name__}: {one_line(error)}); "
             f"give a local copy with --data_dir or {option}, or try `make demo`, which needs no network"
         ) from error
 
@@ -164,6 +183,23 @@ def decode_image(cell: Any, place: str) -> Image.Image:
         size = "" if content is None else f" ({len(content)} bytes)"
         raise UserError(f"{place}: the image{size} cannot be decoded: {one_line(error)}") from error
     return image
+
+
+def check_answers(rows: Rows, answers_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str) -> None:
+    """Check, without decoding an image, that every row has answers, before hours depend on it.
+
+    Args:
+        answers_of: a row without its image columns -> its lists of accepted answers.
+        advice: what to do, for the message.
+
+    Raises:
+        UserError: with the place of the first row without answers.
+    """
+    images = [name for name in rows.columns if name in ("image", "images")]
+    for index, row in enumerate(rows.table.remove_columns(images)):
+        answers = answers_of(row)
+        if not answers or not all(accepted and all(accepted) for accepted in answers):
+            raise UserError(f"{rows.place(index)} has no answer: {advice}")
 
 
 def split_off_first(rows: Rows, count: int) -> tuple[Rows, Rows]:

@@ -23,6 +23,11 @@ class UserError(ValueError):
         super().__init__(lines[-1].removeprefix(prefix) if prefix in message else message)
 
 
+def is_first_process() -> bool:
+    """True on the one process that prints and writes, also before the processes are joined."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raise one `UserError` that lists every problem; nothing where there is none."""
     if not problems:
@@ -36,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; torchrun's summary shows the first process's error.
 
     A `UserError` ends the script with exit code 2 and its message alone. Until the processes are
-    joined all of them find the same fault and the first one tells; later the one that found it does.
+    joined all of a node's find the same fault and its first one tells; later the one that found it does.
     """
 
     @record
@@ -44,8 +49,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            rank = int(os.environ.get("RANK", "0"))
-            if dist.is_initialized() or rank == 0:
+            if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .collation import Example, collate, encode_example
 from .data import loader_context
+from .errors import is_first_process
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 
@@ -141,7 +142,7 @@ def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict
 
     The file is written beside and renamed, so that it is whole or absent.
     """
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if not is_first_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .cli import choose_precision
 from .errors import UserError
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import enable_activation_checkpointing, find_file
@@ -19,12 +20,12 @@ from .phi3v.stock import enable_activation_checkpointing, find_file
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 
 # The modules that LoRA adapts, as published; layers of the tower that are never run are left out.
-DECODER_TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
-PROJECTION_TARGETS = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
-TOWER_TARGETS = (
-    r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers\.({layers})"
-    r"\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
-)
+DECODER = r"model\.layers\.\d+\."
+VISION = r"model\.vision_embed_tokens\."
+DECODER_LINEARS = (r"self_attn\.qkv_proj", r"self_attn\.o_proj", r"mlp\.gate_up_proj", r"mlp\.down_proj")
+DECODER_TARGETS = (*(DECODER + name for name in DECODER_LINEARS), "lm_head")
+PROJECTION_TARGETS = (VISION + r"img_projection\.0", VISION + r"img_projection\.2")
+TOWER_LINEARS = (*(rf"self_attn\.{name}_proj" for name in ("q", "k", "v", "out")), r"mlp\.fc1", r"mlp\.fc2")
 
 
 def check_checkpoint(options: argparse.Namespace) -> None:
@@ -34,13 +35,49 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         UserError: nothing there, another model type, an adapter that the options do not go on training.
     """
     adapter = find_adapter(options.model_name_or_path)
-    if adapter is None or options.eval_only:
+    if adapter is None:
+        _check_files(options.model_name_or_path)
         return
-    rank = json.loads(adapter.read_text())["r"]
-    if not options.use_lora or options.lora_rank != rank:
+    stored = json.loads(adapter.read_text())
+    _check_files(stored["base_model_name_or_path"])
+    # an adapter is evaluated in the precision of adapter training
+    options.use_lora = True
+    options.method = "qlora" if options.use_qlora else "lora"
+    options.precision = choose_precision(options)
+    if options.eval_only:
+        return
+    if options.output_dir.resolve() == Path(stored["base_model_name_or_path"]).resolve():
+        raise UserError(f"--output_dir {options.output_dir} is the base of the adapter to train: choose another")
+    given = {
+        "--lora_rank": (options.lora_rank, stored["r"]),
+        "alpha (--lora_rank x --lora_alpha_ratio)": (adapter_alpha(options), stored["lora_alpha"]),
+        "--lora_dropout": (options.lora_dropout, stored["lora_dropout"]),
+        "--freeze_vision_model": (options.freeze_vision_model, "vision_embed_tokens" not in stored["target_modules"]),
+    }
+    wrong = [f"{name} {mine}, the adapter has {its}" for name, (mine, its) in given.items() if mine != its]
+    if wrong:
         raise UserError(
-            f"--model_name_or_path {options.model_name_or_path} is an adapter of rank {rank}: train it further with "
-            f"--use_lora --lora_rank {rank}, or add --eval_only"
+            f"--model_name_or_path {options.model_name_or_path} is an adapter: to train it further give its own values "
+            f"({'; '.join(wrong)}), or add --eval_only"
+        )
+
+
+def adapter_alpha(options: argparse.Namespace) -> int:
+    """LoRA's alpha, as published: rank x ratio, rounded."""
+    return round(options.lora_rank * options.lora_alpha_ratio)
+
+
+def _check_files(name_or_path: str) -> None:
+    """A local checkpoint's files, before anything is read of them; a hub's are reported when they are fetched."""
+    folder = Path(name_or_path)
+    if not folder.exists():
+        return
+    missing = [name for name in ("preprocessor_config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise UserError(
+            f"--model_name_or_path {folder} is not a complete checkpoint: it has no {', no '.join(missing)}"
         )
 
 
@@ -151,21 +188,22 @@ def add_adapters(model: Phi3VForCausalLM, options: argparse.Namespace) -> PeftMo
     Raises:
         UserError: when a target matches no module of the model.
     """
-    patterns = [DECODER_TARGETS]
+    targets = list(DECODER_TARGETS)
     if not options.freeze_vision_model:
         layers = "|".join(str(layer) for layer in range(model.config.num_tower_layers_used))
-        patterns += [PROJECTION_TARGETS, TOWER_TARGETS.format(layers=layers)]
+        layer = VISION + rf"img_processor\.vision_model\.encoder\.layers\.({layers})\."
+        targets += [*PROJECTION_TARGETS, *(layer + name for name in TOWER_LINEARS)]
     names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise UserError(f"LoRA target {pattern} matches no module of the model")
+    for target in targets:  # PEFT itself passes over a target that matches nothing
+        if not any(re.fullmatch(target, name) for name in names):
+            raise UserError(f"LoRA target {target} matches no module of the model")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_rank,
-        lora_alpha=round(options.lora_rank * options.lora_alpha_ratio),
+        lora_alpha=adapter_alpha(options),
         lora_dropout=options.lora_dropout,
         init_lora_weights="gaussian",
-        target_modules="|".join(patterns),
+        target_modules="|".join(targets),
     )
     base = Path(options.model_name_or_path)
     if base.exists():  # an adapter must find its base from any working directory

@@ -1,6 +1,6 @@
 """Messages of the libraries that say nothing to a user of these scripts, silenced by name.
 
-Each entry is one logger and the beginning of one message, with the reason; whatever else the
+Each entry is one logger and a part of one message, with the reason; whatever else the
 libraries have to say is still shown.
 """
 
@@ -25,19 +25,19 @@ SILENCED = (
 )
 
 
-class _BeginsWith(logging.Filter):
-    def __init__(self, beginning: str) -> None:
+class _Contains(logging.Filter):
+    def __init__(self, part: str) -> None:
         super().__init__()
-        self.beginning = beginning
+        self.part = part
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self.beginning not in record.getMessage()
+        return self.part not in record.getMessage()
 
 
 def silence_known_messages() -> None:
     """Install the filters; called once, when `common` is imported."""
-    for name, beginning in SILENCED:
-        logging.getLogger(name).addFilter(_BeginsWith(beginning))
+    for name, part in SILENCED:
+        logging.getLogger(name).addFilter(_Contains(part))
     # PEFT asks for transformers' attribute by its old name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # examples are tokenised one by one in the loader's workers, where the library's own threads only get in the way

@@ -28,7 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 from .cli import deepspeed_file, files_of_run
 from .collation import collate
 from .data import ExampleDataset, ExampleKey, loader_context
+from .errors import UserError, is_first_process
 from .phi3v import Phi3VProcessor
+
+SHARED_MARK = ".seen_by_every_process"
 
 
 def start(options: argparse.Namespace) -> TrainingArguments:
@@ -46,7 +49,7 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    uses_deepspeed = options.method in ("full", "frozen")
+    uses_deepspeed = options.method in ("full", "frozen") and not options.eval_only
     if uses_deepspeed:
         # DeepSpeed compiles a small extension once, with the ninja installed beside this python
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -79,7 +82,7 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
         save_strategy="no",
-        report_to=options.report_to,
+        report_to=options.report_to.split(","),
         disable_tqdm=not options.tqdm,
         seed=options.seed,
     )
@@ -90,7 +93,13 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         for file in [] if options.eval_only else files_of_run(options.output_dir):
             file.unlink()  # --overwrite: nothing of the old run may be taken for the new one's
+        (options.output_dir / SHARED_MARK).touch()
     wait_for_all()
+    if not (options.output_dir / SHARED_MARK).exists():
+        raise UserError(f"--output_dir {options.output_dir} must lie on storage that all nodes share, to be read back")
+    wait_for_all()
+    if is_first_process():
+        (options.output_dir / SHARED_MARK).unlink()
     set_seed(options.seed)
     say(describe(options))
     return arguments
@@ -106,7 +115,7 @@ def describe(options: argparse.Namespace) -> str:
     """Two lines: what is trained how, and how a step's batch is divided."""
     attention = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}[options.attention]
     if options.use_flash_attention and options.attention == "sdpa":
-        attention = "PyTorch's own flash kernel (flash-attn is not installed)"
+        attention = "PyTorch's own flash kernel where no row is padded (flash-attn is not installed)"
     precision = options.precision.name
     if precision == "fp32":
         precision = "fp32 (no CUDA GPU)"
@@ -116,11 +125,6 @@ def describe(options: argparse.Namespace) -> str:
         f"{options.batch_size} examples per step = {options.num_processes} processes x "
         f"{options.batch_size_per_gpu} at once x {options.accumulation} accumulated; output in {options.output_dir}"
     )
-
-
-def is_first_process() -> bool:
-    """True on the one process that prints and writes."""
-    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
 def wait_for_all() -> None:
@@ -198,6 +202,19 @@ class RecipeTrainer(Trainer):
         self._examples = self._tokens = 0
         self._since = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count what was no training, as an evaluation between two steps."""
+        self._since += seconds
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, in its own type: under DeepSpeed the Trainer would round the loss weights to half precision.
+
+        The tower casts pixels to its own type itself.
+        """
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """This process's micro-batches; not wrapped by accelerate, which would divide them again."""
         sampler = GlobalBatchSampler(
@@ -265,7 +282,9 @@ class _WhileTraining(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.evaluate and self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
+            began = time.perf_counter()
             self.evaluate(f"eval_step_{state.global_step}")
+            self.trainer.leave_out(time.perf_counter() - began)
 
 
 def train(
@@ -302,8 +321,10 @@ def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> Non
     """Write a complete checkpoint: the weights or the adapter, configuration, processor and tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state_dict = None
-    if trainer.is_deepspeed_enabled:
-        state_dict = trainer.accelerator.get_state_dict(trainer.deepspeed)  # on every process: ZeRO-3 gathers
+    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 3:
+        state_dict = trainer.accelerator.get_state_dict(
+            trainer.deepspeed
+        )  # on every process: the weights lie in pieces
     if is_first_process():
         if isinstance(model, PeftModel):
             # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
@@ -317,7 +338,12 @@ def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> Non
 def free_memory(trainer: RecipeTrainer) -> None:
     """Let go of the model, the optimizer and the engine, so that what was saved can be loaded."""
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.deepspeed = None
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
+    handler = trainer.callback_handler
+    handler.model = handler.optimizer = handler.lr_scheduler = handler.train_dataloader = None
+    for callback in handler.callbacks:
+        if isinstance(callback, _WhileTraining):
+            callback.evaluate = None  # which holds the model too
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from PIL import Image
 
 import finetune_hf_trainer_docvqa as docvqa
 from common.collation import Example, Turn
-from common.data import ExampleDataset, ExampleKey, decode_image, load_rows
+from common.data import ExampleDataset, ExampleKey, check_answers, decode_image, load_rows
 from common.errors import UserError
 
 
@@ -116,6 +116,35 @@ def test_splits_are_told_by_file_names(tmp_path):
         load(tmp_path, "validation")
 
 
+@pytest.mark.parametrize("storage", ["parquet", "saved"])
+def test_one_source_for_both_must_tell_its_split(tmp_path, storage):
+    """Else a run would train on the rows it is evaluated on, and report a gain."""
+    if storage == "parquet":
+        mini(2).to_parquet(tmp_path / "rows.parquet")
+    else:
+        mini(2).save_to_disk(tmp_path)
+    assert len(load(tmp_path)) == 2  # named by --train_data
+    with pytest.raises(UserError, match="does not tell which split it is: name it with --train_data or --eval_data"):
+        load_rows(str(tmp_path), "train", docvqa.LAYOUTS, "--data_dir")
+
+
+def test_several_data_sets_in_one_folder(tmp_path):
+    for name in ("DocVQA", "InfographicVQA"):
+        official(2).to_parquet(tmp_path / name / "validation-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=rf"holds several data sets: give one of their folders, {tmp_path}/DocVQA, "):
+        load(tmp_path, "validation")
+    assert len(load(tmp_path / "DocVQA", "validation")) == 2
+
+
+@pytest.mark.parametrize("answers", [[], [""], None])
+def test_row_without_answers(tmp_path, answers):
+    rows = [{**row, "answers": answers if k == 1 else ["a"]} for k, row in enumerate(mini(3))]
+    datasets.Dataset.from_list(rows, features=mini(1).features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="split train, row 1 has no answer: leave it out"):
+        check_answers(load(tmp_path), docvqa.answers, "leave it out")
+    check_answers(load(tmp_path).select([0, 2]), docvqa.answers, "leave it out")
+
+
 def test_unknown_columns(tmp_path):
     datasets.Dataset.from_dict({"picture": [1], "text": ["a"]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"has the columns \['picture', 'text'\]; --train_data needs image\+query"):
@@ -140,7 +169,7 @@ def test_missing_folder(tmp_path):
 
 def test_file_that_is_no_parquet(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"not a parquet file")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read as parquet .* fetch it again"):
         load(tmp_path)
 
 
@@ -150,7 +179,8 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        UserError, match=r"nielsr/x could not be fetched .*--data_dir or --train_data.*make demo"
+        UserError,
+        match=r"nielsr/x is no file or folder here, and could not be fetched .*--data_dir or --train_data.*make demo",
     ) as error:
         load("nielsr/x")
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def options_for(checkpoint, **values):
         "freeze_vision_model": False,
         "gradient_checkpointing": False,
         "eval_only": False,
+        "bf16": False,
+        "output_dir": Path("unused"),
     }
     return argparse.Namespace(**{**options, **values})
 
@@ -116,7 +119,8 @@ def test_lora_targets(checkpoint, frozen):
 
 
 def test_lora_target_that_matches_nothing(checkpoint, monkeypatch):
-    monkeypatch.setattr(loading, "PROJECTION_TARGETS", r"model\.projection\.\d")
+    # one name among several that do match
+    monkeypatch.setattr(loading, "DECODER_TARGETS", (*loading.DECODER_TARGETS[:-1], "lm_heed"))
     with pytest.raises(UserError, match="matches no module of the model"):
         load_for_training(options_for(checkpoint, use_lora=True))
 
@@ -200,12 +204,29 @@ def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):
 def test_training_an_adapter_further(checkpoint, tmp_path):
     model, _ = load_for_training(options_for(checkpoint, use_lora=True))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    check_checkpoint(options_for(tmp_path / "adapter", eval_only=True))
-    check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, lora_rank=4))
-    for values in ({}, {"use_lora": True, "lora_rank": 64}):
-        with pytest.raises(UserError, match="is an adapter of rank 4: train it further with --use_lora --lora_rank 4"):
-            check_checkpoint(options_for(tmp_path / "adapter", **values))
+    evaluated = options_for(tmp_path / "adapter", eval_only=True, bf16=True)
+    check_checkpoint(evaluated)
+    assert (evaluated.method, evaluated.precision.autocast) == ("lora", torch.bfloat16)  # as adapters are trained
+    check_checkpoint(options_for(tmp_path / "adapter", use_lora=True))
+    for values, message in (
+        ({"lora_rank": 64}, "--lora_rank 64, the adapter has 4"),
+        ({"lora_alpha_ratio": 7}, "alpha .* 28, the adapter has 8"),
+        ({"lora_dropout": 0.5}, "--lora_dropout 0.5, the adapter has 0.0"),
+        ({"freeze_vision_model": True}, "--freeze_vision_model True, the adapter has False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, **values))
+    with pytest.raises(UserError, match="is the base of the adapter to train"):
+        check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, output_dir=checkpoint))
     again = load_model(tmp_path / "adapter", options_for(tmp_path / "adapter", use_lora=True))
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_incomplete_checkpoint(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / "preprocessor_config.json").unlink()
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"it has no preprocessor_config.json, no \*.safetensors"):
+        check_checkpoint(options_for(tmp_path / "copy"))
