@@ -1,0 +1,1 @@
+"""Measurements; each script says what it measures and writes what it measured to `benchmarks/results/`."""

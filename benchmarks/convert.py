@@ -1,0 +1,216 @@
+"""How fast videos are converted: `convert_ucf101.py` against the published way, on made-up videos of UCF-101's size.
+
+    python -m benchmarks.convert --rounds 5
+
+The ways take turns, so that a busy machine slows all of them alike; each is timed from the videos to the last image.
+Prints a table and writes `benchmarks/results/convert_cpu.json`.
+
+    published     one process, video after video: the frame count from the header, decoding up to the last frame
+                  needed, the eight chosen frames to RGB (what the published script does)
+    all frames    the same, but with every frame decoded to RGB into a list, and eight chosen from that
+    ours          `convert_ucf101.py`, annotations included
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+import convert_ucf101
+
+WIDTH, HEIGHT, RATE = 320, 240, 25
+BIT_RATE = 480_000  # bits a second: about 420 kB for 7 s, as UCF-101's videos have on average
+RESULTS = Path(__file__).parent / "results" / "convert_cpu.json"
+NUM_FRAMES = 8
+
+
+# --- videos ------------------------------------------------------------------------------------
+
+
+def make_video(path: Path, seed: int) -> int:
+    """Write 6 to 8 s of a texture that moves, behind a bar that moves otherwise, with noise; return the frames."""
+    generator = np.random.default_rng(seed)
+    frames = int(generator.integers(6 * RATE, 8 * RATE + 1))
+    coarse = generator.integers(40, 216, (HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8)
+    texture = np.asarray(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.int16)
+    noise = generator.normal(0, 6, (HEIGHT, WIDTH, 3)).astype(np.int16)
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = WIDTH, HEIGHT, "yuv420p", BIT_RATE
+        stream.codec_context.codec_tag = "XVID"
+        for number in range(frames):
+            picture = np.roll(texture, (number, 2 * number), axis=(0, 1))
+            left = 3 * number % (WIDTH - 40)
+            picture[60:180, left : left + 40] = (200, 60, 30)
+            picture = picture + np.roll(noise, tuple(generator.integers(0, HEIGHT, 2)), axis=(0, 1))
+            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), format="rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return frames
+
+
+# --- ways --------------------------------------------------------------------------------------
+
+
+def published(path: Path, one_thread: bool) -> list[Image.Image]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if one_thread:
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        indices = {number * stream.frames // NUM_FRAMES for number in range(NUM_FRAMES)}
+        images = []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in indices:
+                images.append(Image.fromarray(frame.to_ndarray(format="rgb24")))
+            if len(images) == NUM_FRAMES:
+                break
+    return images
+
+
+def all_frames(path: Path, one_thread: bool) -> list[Image.Image]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if one_thread:
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    return [Image.fromarray(images[number * len(images) // NUM_FRAMES]) for number in range(NUM_FRAMES)]
+
+
+def one_after_another(
+    read: Callable[[Path, bool], list[Image.Image]], one_thread: bool
+) -> Callable[[Path, Path], None]:
+    def convert(video_dir: Path, out_dir: Path) -> None:
+        for path in sorted(video_dir.glob("*/*/*.avi")):
+            folder = out_dir / "images" / path.parent.relative_to(video_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(read(path, one_thread)):
+                image.save(folder / f"{path.stem}.{number}.jpg")
+
+    return convert
+
+
+def ours(workers: int) -> Callable[[Path, Path], None]:
+    def convert(video_dir: Path, out_dir: Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            options = ["--video_dir", str(video_dir), "--out_dir", str(out_dir), "--num_workers", str(workers)]
+            assert convert_ucf101.main(options) == 0
+
+    return convert
+
+
+# --- measurement -------------------------------------------------------------------------------
+
+
+def timed(convert: Callable[[Path, Path], None], video_dir: Path, images: dict[str, bytes] | None) -> dict[str, float]:
+    """One conversion into an empty folder; its images are compared with `images`, or kept there if it is empty.
+
+    Returns:
+        `seconds` on the clock and `cpu_seconds` of this process and its workers.
+    """
+    with tempfile.TemporaryDirectory() as out_dir:
+        before, start = os.times(), time.perf_counter()
+        convert(video_dir, Path(out_dir))
+        seconds, after = time.perf_counter() - start, os.times()
+        made = {str(path.relative_to(out_dir)): path.read_bytes() for path in Path(out_dir).rglob("*.jpg")}
+    images.update({} if images else made)
+    assert made == images, "the ways have written different images"
+    return {"seconds": seconds, "cpu_seconds": sum(after[:4]) - sum(before[:4])}
+
+
+def describe_machine() -> dict[str, object]:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "av": av.__version__,
+        "libavcodec": ".".join(str(number) for number in av.library_versions["libavcodec"]),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "smallest": round(min(values), 3),
+        "largest": round(max(values), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the conversion of videos.", allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed (%(default)s)")
+    parser.add_argument("--videos", type=int, default=48, help="(%(default)s)")
+    parser.add_argument("--num_workers", type=int, default=2, help="of convert_ucf101.py (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="(%(default)s)")
+    options = parser.parse_args()
+    name = f"ours, {options.num_workers} workers"
+    ways = {
+        "published, one decoder thread": one_after_another(published, True),
+        "published, default threads": one_after_another(published, False),
+        "all frames, one decoder thread": one_after_another(all_frames, True),
+        "all frames, default threads": one_after_another(all_frames, False),
+        "ours, 1 worker": ours(1),
+    }
+
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in [*ways, name]}
+    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    loads = []
+    with tempfile.TemporaryDirectory() as temporary:
+        video_dir = Path(temporary)
+        (video_dir / "train" / "Pattern").mkdir(parents=True)
+        paths = [video_dir / "train" / "Pattern" / f"v_{number:03d}.avi" for number in range(options.videos)]
+        frames = [make_video(path, seed) for seed, path in enumerate(paths)]
+        size = sum(path.stat().st_size for path in paths)
+        images: dict[str, bytes] = {}
+        ours(options.num_workers)(video_dir, video_dir / "warm_up")
+        for number in range(options.rounds):
+            loads.append(round(os.getloadavg()[0], 2))
+            for way, convert in ways.items():  # A B A B ...: each ratio is of two neighbours
+                runs[way].append(timed(convert, video_dir, images))
+                runs[name].append(timed(ours(options.num_workers), video_dir, images))
+                ratios[way].append(runs[way][-1]["seconds"] / runs[name][-1]["seconds"])
+            print(f"round {number + 1} of {options.rounds}, load {loads[-1]}", flush=True)
+
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "load_average_before_each_round": loads,
+        "videos": {"count": len(frames), "frames": sum(frames), "bytes": size, "size": [WIDTH, HEIGHT], "rate": RATE},
+        "num_workers": options.num_workers,
+        "rounds": options.rounds,
+        "videos_per_second": {
+            way: spread([len(frames) / run["seconds"] for run in timings]) for way, timings in runs.items()
+        },
+        "cpu_milliseconds_per_video": {
+            way: spread([1000 * run["cpu_seconds"] / len(frames) for run in timings]) for way, timings in runs.items()
+        },
+        f"times_as_fast_{options.num_workers}_workers": {way: spread(values) for way, values in ratios.items()},
+        "seconds": {way: [round(run["seconds"], 3) for run in timings] for way, timings in runs.items()},
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+    print(f"\n{'way':<32} {'videos/s':>9} {'CPU ms/video':>13}   ours is faster by (median, smallest to largest)")
+    for way in runs:
+        speed, cpu = result["videos_per_second"][way]["median"], result["cpu_milliseconds_per_video"][way]["median"]
+        print(f"{way:<32} {speed:>9.1f} {cpu:>13.1f}", end="")
+        ratio = spread(ratios[way]) if way in ratios else None
+        print(f"   {ratio['median']:.2f} ({ratio['smallest']:.2f} to {ratio['largest']:.2f})" if ratio else "")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
