@@ -1,0 +1,1 @@
+"""What one runs beside the scripts; the scripts never import it."""
