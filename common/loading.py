@@ -107,8 +107,20 @@ def find_adapter(name_or_path: str) -> Path | None:
 
 
 def load_processor(options: argparse.Namespace) -> Phi3VProcessor:
-    """The checkpoint's processor, cutting pictures into at most `--num_crops` sub-images."""
-    return Phi3VProcessor.from_pretrained(options.model_name_or_path, num_crops=options.num_crops)
+    """The checkpoint's processor, cutting pictures into at most `--num_crops` sub-images.
+
+    An adapter's is its base's. Its own folder need not hold one, and without a `config.json` beside
+    them transformers reads the very same tokenizer files as another kind of tokenizer (seen with
+    5.23), which leaves out the space after every special token.
+    """
+    base = base_of_adapter(options.model_name_or_path) or options.model_name_or_path
+    return Phi3VProcessor.from_pretrained(base, num_crops=options.num_crops)
+
+
+def base_of_adapter(name_or_path: str | Path) -> str | None:
+    """The checkpoint that an adapter stands on; None for a checkpoint of the whole model."""
+    adapter = find_adapter(str(name_or_path))
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter else None
 
 
 def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VForCausalLM | PeftModel:
@@ -122,11 +134,9 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         UserError: see `find_adapter`.
         ValueError: missing or unexpected weights.
     """
-    adapter = find_adapter(str(name_or_path))
-    base = str(name_or_path)
-    if adapter is not None:
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        find_adapter(base)
+    adapter_base = base_of_adapter(name_or_path)
+    base = adapter_base or str(name_or_path)
+    find_adapter(base)  # also the base must be a checkpoint of this model
     # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
     # training begins, and evaluation before and after is the same for every method.
     unset_hf_deepspeed_config()
@@ -143,7 +153,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         _keep_gradients_after_evaluation(model)
     else:
         model.to(options.device)
-    if adapter is not None:
+    if adapter_base is not None:
         model = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=not options.eval_only)
     return model
 

@@ -29,7 +29,7 @@ from .cli import deepspeed_file, files_of_run
 from .collation import collate
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process
-from .phi3v import Phi3VProcessor
+from .phi3v import Phi3VConfig, Phi3VProcessor
 
 SHARED_MARK = ".seen_by_every_process"
 
@@ -329,6 +329,8 @@ def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> Non
         if isinstance(model, PeftModel):
             # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
             model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            # the base's configuration tells the Auto classes, also the tokenizer's, what model this is
+            Phi3VConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).save_pretrained(folder)
         else:
             model.save_pretrained(folder, state_dict=state_dict)
         processor.save_pretrained(folder)

@@ -9,8 +9,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from common.demo import CHECKPOINT, write_docvqa
+from common.phi3v import Phi3VProcessor
 from tests.launch import read_evaluation, read_log, run_script
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
@@ -139,10 +141,23 @@ def test_output_folder_is_complete(run_of, method):
     names = {file.name for file in folder.iterdir()}
     expected = {"eval_before.json", "eval_after.json", "train_log.jsonl", "preprocessor_config.json"}
     expected |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    expected |= {"config.json", "model.safetensors"} if method in ("full", "frozen") else {"adapter_model.safetensors"}
+    expected |= {"config.json", "model.safetensors" if method in ("full", "frozen") else "adapter_model.safetensors"}
     assert expected <= names
     assert (folder / "tokenizer.json").read_bytes() == (CHECKPOINT / "tokenizer.json").read_bytes()
     assert json.loads((folder / "preprocessor_config.json").read_text())["num_crops"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_processor_is_the_one_that_trained(run_of, method):
+    """From the output folder alone, also an adapter's: the token ids of the checkpoint that training started from."""
+    _, folder = run_of(method)
+    question = [{"role": "user", "content": "<|image_1|>\nWhat is the Order number?\nAnswer briefly."}]
+    prompts = []
+    for source, loader in ((CHECKPOINT, Phi3VProcessor), (folder, Phi3VProcessor), (folder, AutoProcessor)):
+        processor = loader.from_pretrained(source)
+        text = processor.apply_chat_template(question, add_generation_prompt=True)
+        prompts.append(processor.tokenizer(text).input_ids)
+    assert prompts[0] == prompts[1] == prompts[2]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from common import loading
 from common.cli import Precision
+from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
 from tests.model_helpers import tiny_model, write_stand_in_checkpoint
@@ -169,6 +170,17 @@ def test_adapter_is_loaded_on_the_base_it_names(checkpoint, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(**inputs).loss, again(**inputs).loss)
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_processor_of_an_adapter_is_its_base_s(tmp_path):
+    """Tokenizer files of the published kind without a config.json beside them are read as another tokenizer."""
+    for file in CHECKPOINT.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    fields = {"base_model_name_or_path": str(CHECKPOINT), "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    texts = "<|user|>\nWhat is it?<|end|>\n<|assistant|>\n"
+    ids = [load_processor(options_for(folder)).tokenizer(texts).input_ids for folder in (CHECKPOINT, tmp_path)]
+    assert ids[0] == ids[1]
 
 
 def test_another_model_type(tmp_path):
