@@ -1,100 +1,297 @@
-"""What the README says can be run, runs; what it names, exists."""
+"""What the README and `docs/` say can be run, runs; what they name, exists.
 
+Every torchrun, python and make command is taken from the text and run, shortened as `tests/commands.py` says; commands
+that are the same once shortened run once. `make test` and `make test-all` would run these tests again: of them make
+only says what it would do.
+"""
+
+import importlib
+import itertools
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
-import datasets
 import pytest
+import torch
+from PIL import Image
 
-from common.demo import CHECKPOINT, write_docvqa
-from tests.launch import REPOSITORY, read_evaluation, run_script
+from common.cli import make_parser
+from common.conversations import load_conversations
+from common.demo import CHECKPOINT
+from common.errors import UserError
+from tests import small_data
+from tests.commands import (
+    EVALUATED,
+    REPOSITORY,
+    TASK,
+    commands,
+    documents,
+    fill_in,
+    shell_lines,
+    shorten,
+    start,
+)
+from tests.launch import read_evaluation, run_script
 
-README = (REPOSITORY / "README.md").read_text()
-PLACEHOLDERS = {"<lr>": "1e-3", "<epochs>": "1"}
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
+ALL = "\n".join(TEXTS.values())
+RECURSIVE = ("make test", "make test-all")
+WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
+WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "results/", ".venv/"}
+OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
+    *("--no-build-isolation", "--index-url", "--nproc_per_node", "--nnodes", "--nodes", "--master_addr"),
+    *("--master_port", "--node_rank", "--file", "--set", "--help"),
+}
 
 
-def commands(program):
-    """The commands of the README's shell blocks that start with `program`, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip().startswith(program + " ")]
+def run_once():
+    """The commands that take long: one pytest parameter for each that differs once shortened."""
+    seen = {}
+    for command in [command for text in TEXTS.values() for command in commands(text)]:
+        if not command.startswith("make ") and not is_quick(command):
+            seen.setdefault(tuple(shorten(command)), command)
+    return [pytest.param(list(words), id=command) for words, command in seen.items()]
+
+
+def is_quick(command):
+    """Commands that need no model."""
+    return command.startswith("python -m tools.recipes ") and " run " not in command
+
+
+# --- what the documents name
 
 
 def test_commands_are_found():
-    assert len(commands("torchrun")) >= 2
-    assert "make demo" in README
-    assert "make test" in README
+    """The parser sees fenced, indented and inline commands; the published ones are all there."""
+    text = (
+        "Run `make\nfoo`.\n\n    make bar  # why\n\n- so:\n\n  ```bash\n  # first\n  torchrun \\\n    a.py --x\n  ```\n"
+    )
+    assert sorted(commands(text)) == ["make bar", "make foo", "torchrun a.py --x"]
+    found = [command for text in TEXTS.values() for command in commands(text)]
+    assert {"make demo", "make test"} <= set(found)
+    scripts = {word for command in found for word in command.split() if TASK.fullmatch(word)}
+    assert scripts == {path.name for path in REPOSITORY.glob("finetune_hf_trainer_*.py")}
+    assert sum(command.startswith("torchrun") for command in found) >= 10
+
+
+def test_nothing_is_dropped_but_flash_attention():
+    """A shortened command still has every word of the document's that is not the launcher's or a placeholder."""
+    for command in commands(ALL):
+        if command.startswith("torchrun"):
+            script = shlex.split(re.sub(r"<\w+>", "", command[command.index("finetune_") :]))
+            kept = shorten(command)
+            given = {word for word in script if not word.startswith("/")} - {"--use_flash_attention"}
+            assert given <= set(kept), command
 
 
 def test_every_file_named_exists():
-    named = re.findall(r"`([\w./-]+(?:\.py|\.json|\.txt|/))`", README)
-    written_by_runs = {"eval_before.json", "eval_after.json", "train_log.jsonl", "eval_step_N.json"}
-    assert len(named) > 10
-    for name in set(named) - written_by_runs:
-        assert (REPOSITORY / name).exists(), name
+    named = re.findall(r"`([\w./-]+(?:\.py|\.json|\.jsonl|\.txt|\.yml|\.sbatch|/))`", ALL)
+    assert len(named) > 20
+    missing = [name for name in set(named) - WRITTEN_BY_RUNS if not (REPOSITORY / name).exists()]
+    assert missing == []
+
+
+def test_every_link_within_the_repository_leads_somewhere():
+    for name, text in TEXTS.items():
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("#"):
+                assert link[1:] in anchors, f"{name}: {link}"
+            elif not link.startswith("https://"):
+                assert ((REPOSITORY / name).parent / link).exists() or (REPOSITORY / "docs" / link).exists(), link
 
 
 def test_every_option_named_exists():
-    from common.cli import make_parser
-
-    known = {option for action in make_parser("")._actions for option in action.option_strings}
-    source = (REPOSITORY / "finetune_hf_trainer_docvqa.py").read_text()
-    known |= set(re.findall(r'"(--[\w-]+)"', source)) | {"--nproc_per_node", "--no-build-isolation"}
-    assert set(re.findall(r"--[a-zA-Z][\w-]+", README)) - known == set()
-
-
-def test_every_make_target_named_exists():
-    makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    known = {option for action in make_parser("")._actions for option in action.option_strings} | OTHERS_OPTIONS
+    for path in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py"), REPOSITORY / "common" / "demo.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", re.sub(r"<!--.*?-->", "", ALL)))
+    assert len(named) > 20
+    assert named - known == set()
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """The built-in pages as the mini set, and in the layout of the full training set."""
-    folder = write_docvqa(tmp_path_factory.mktemp("pages"), train_pages=12, test_pages=4, seed=2)
-    rows = datasets.Dataset.from_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
-    texts = [
-        [{"user": row["query"]["en"], "assistant": row["answers"][0], "source": "docvqa"}] * 2
-        for row in rows.remove_columns("image")
-    ]
-    text = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
-    full = datasets.Dataset.from_dict(
-        {"images": [[image] for image in rows["image"]], "texts": texts},
-        features=datasets.Features({"images": datasets.List(datasets.Image()), "texts": datasets.List(text)}),
-    )
-    full.to_parquet(folder / "the_cauldron" / "docvqa" / "train-00000-of-00001.parquet")
-    return folder
+def test_installation_lines():
+    """Files named to pip exist; Python and torch are of the versions that the project takes."""
+    lines = [line for text in TEXTS.values() for line in shell_lines(text)]
+    pip = [shlex.split(line) for line in lines if re.search(r"(^|\s)pip install", line)]
+    assert len(pip) >= 4
+    for words in pip:
+        for option, name in itertools.pairwise(words):
+            if option in ("-r", "-c"):
+                assert (REPOSITORY / name).is_file(), name
+    lowest = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["requires-python"]
+    conda = [re.search(r"python=(\d+)\.(\d+)", line) for line in lines if line.startswith("conda create")]
+    assert conda
+    for version in conda:
+        assert tuple(map(int, version.groups())) >= tuple(map(int, lowest.removeprefix(">=").split(".")))
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="a torch built without CUDA names no GPU architectures")
+def test_pinned_torch_has_no_kernels_for_the_v100():
+    """What the README says of the V100: 7.0 is not among the architectures, 7.5 (Turing) is."""
+    pinned = re.search(r"^torch==(\d+\.\d+)", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
+    if not torch.__version__.startswith(pinned):
+        pytest.skip(f"the README speaks of the pinned torch {pinned}, here is {torch.__version__}")
+    architectures = torch._C._cuda_getArchFlags().split()
+    assert f"torch {pinned} has no kernels for GPUs before Turing" in " ".join(ALL.split())
+    assert "sm_75" in architectures
+    assert not {"sm_60", "sm_70"} & set(architectures)
+
+
+def test_lines_of_the_data_format(tmp_path):
+    """The documents' example lines pass the checks that training makes."""
+    blocks = re.findall(r"```json\n(.*?)```", ALL, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 2
+    for name in {name for line in lines for turn in json.loads(line)["conversations"] for name in turn["images"]}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    assert len(load_conversations(tmp_path / "lines.jsonl", tmp_path)) == len(lines)
+
+
+# --- small data
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Every task's data, small; UCF-101's is what the converter makes of an archive, by the README's command."""
+    folder = tmp_path_factory.mktemp("small")
+    mini, full = small_data.write_docvqa_pages(folder)
+    archive = small_data.write_ucf101_archive(folder / "UCF101_subset.tar.gz")
+    convert = next(one for one in commands(TEXTS["README.md"]) if one.startswith("python convert_ucf101.py"))
+    places = {"archive": archive, "ucf101": folder / "published", "out": folder}
+    ended = start(fill_in(shorten(convert), places))
+    assert ended.returncode == 0, ended.stdout
+    return {
+        "docvqa": mini,
+        "docvqa_full": full,
+        "hateful_memes": small_data.write_hateful_memes(folder),
+        "nlvr2": small_data.write_nlvr2(folder),
+        "ucf101": folder / "converted",
+        "archive": archive,
+    }
+
+
+def test_converted_tree_is_the_one_shown(small):
+    """The README's tree: its folders and files, and image names of its form."""
+    shown = re.search(r"```\n/path/to/converted_ucf101\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)[1]
+    names = re.findall(r"─ (\S+)$", shown, flags=re.MULTILINE)
+    for name in names:
+        if name.endswith(".jsonl") or name == "images":
+            assert (small["ucf101"] / name).exists()
+        elif name in ("train", "val", "test"):
+            assert (small["ucf101"] / "images" / name).is_dir()
+    form = re.compile(r"v_\w+_g\d\d_c\d\d\.[0-7]\.jpg")
+    assert sum(bool(form.fullmatch(name)) for name in names) == 2
+    images = [path.name for path in (small["ucf101"] / "images").rglob("*.jpg")]
+    assert len(images) == 12 * 8
+    assert all(form.fullmatch(name) for name in images)
+
+
+# --- running the commands
+
+
+@pytest.mark.parametrize("command", [one for text in TEXTS.values() for one in commands(text) if is_quick(one)])
+def test_quick_command(command, tmp_path):
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    ended = start(fill_in(shorten(command), {"out": tmp_path}))
+    assert ended.returncode == 0, ended.stdout
+    if "--update" in command:
+        assert (tmp_path / "README.md").stat().st_size > 0
+    else:
+        assert "NLVR2-full" in ended.stdout or "torchrun" in ended.stdout
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", commands("torchrun"))
-def test_command(command, pages, tmp_path):
-    """Shortened only: the built-in checkpoint and pages, one step, two processes, no flash attention on a CPU."""
-    for placeholder, value in {**PLACEHOLDERS, "<output_dir>": str(tmp_path / "out")}.items():
-        command = command.replace(placeholder, value)
-    words = shlex.split(command)
-    script = next(word for word in words if word.endswith(".py"))
-    arguments = [word for word in words[words.index(script) + 1 :] if word != "--use_flash_attention"]
-    train = pages / ("the_cauldron" if "--full_train" in arguments else "data")
-    shortened = ("--model_name_or_path", CHECKPOINT, "--train_data", train, "--eval_data", pages / "data")
-    shortened += ("--output_dir", tmp_path / "out", "--max_steps", 1, "--num_crops", 1, "--num_workers", 1, "--no-tqdm")
-    ended = run_script(script, *arguments, *shortened)
+@pytest.mark.parametrize("words", run_once())
+def test_command(words, small, tmp_path):
+    """Exit code 0, and the evaluation after training is there."""
+    ended = start(fill_in(words, {**small, "out": tmp_path}))
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert read_evaluation(tmp_path / "out", "eval_after")["num_examples"] == 4
+    if "--max_steps" in words:
+        assert read_evaluation(tmp_path / "trained", "eval_after")["num_examples"] == EVALUATED
+        assert (tmp_path / "trained" / "train_log.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", sorted({one for one in commands(ALL) if one.startswith("make ")}))
+def test_make_target(command):
+    ended = subprocess.run(["make", "-n", *command.split()[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    if command in RECURSIVE:
+        assert "pytest" in ended.stdout
 
 
 @pytest.mark.long
-def test_python_blocks(pages, tmp_path):
+@pytest.mark.parametrize(
+    "command", sorted({one for one in commands(ALL) if one.startswith("make ") and one not in RECURSIVE})
+)
+def test_make(command, tmp_path):
+    """In a copy of the repository, with an environment whose `python` and `torchrun` add what shortens a run."""
+    copy = tmp_path / "repository"
+    kept_out = shutil.ignore_patterns(
+        ".venv", ".git", "demo_*data*", "demo_output*", "output", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(REPOSITORY, copy, ignore=lambda *args: kept_out(*args) - {"demo_checkpoint"})
+    binaries = copy / "venv" / "bin"
+    binaries.mkdir(parents=True)
+    shorter = "--max_steps 1 --eval_limit 4 --num_workers 1"
+    wrappers = {
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@" {shorter}',
+        "python": f"""case "$*" in
+  "-m common.demo data "*) exec {sys.executable} "$@" --train_pages 12 --test_pages 4 ;;
+  finetune_*) exec {sys.executable} "$@" {shorter} ;;
+  *) exec {sys.executable} "$@" ;;
+esac""",
+    }
+    for name, body in wrappers.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{body}\n")
+        (binaries / name).chmod(0o755)
+    for stamp in (".installed", ".installed-dev"):
+        (copy / "venv" / stamp).touch()
+    ended = subprocess.run(
+        [*command.split(), "VENV=venv"],
+        cwd=copy,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    if "demo" in command:
+        assert list(copy.glob("*/eval_after.json")), ended.stdout[-3000:]
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in REPOSITORY.glob("finetune_hf_trainer_*.py")))
+def test_flash_attention_without_a_gpu(script, monkeypatch):
+    """The option that the tests leave out: without a CUDA GPU it is refused before anything is loaded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [script, "--use_flash_attention"])
+    with pytest.raises(
+        UserError, match="--use_flash_attention needs a CUDA GPU and there is none: leave the option out"
+    ):
+        importlib.import_module(script).parse()
+
+
+@pytest.mark.long
+def test_python_blocks(small, tmp_path):
     """The README's Python, run on what a LoRA run and a full run leave."""
-    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", pages / "data", "--max_steps", 1, "--num_crops", 1)
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", small["docvqa"], "--max_steps", 1, "--num_crops", 1)
     for name, extra in (("output", ()), ("output_lora", ("--use_lora", "--lora_rank", 4))):
         ended = run_script(
             "finetune_hf_trainer_docvqa.py", *options, "--output_dir", tmp_path / name, *extra, processes=0
         )
         assert ended.returncode == 0, ended.stdout[-3000:]
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         block = block.replace("microsoft/Phi-3.5-vision-instruct", str(CHECKPOINT))
@@ -103,4 +300,3 @@ def test_python_blocks(pages, tmp_path):
         exec(block, names)  # the README's own text
         assert names["model"].num_parameters() > 0
         assert names["processor"].image_processor.num_crops == 1
-        assert Path(tmp_path / "output").exists()
