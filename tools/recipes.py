@@ -147,17 +147,19 @@ def find(name: str) -> tuple[Table, Recipe]:
 
 
 def script_command(table: Table, recipe: Recipe, extra: Sequence[str] = ()) -> list[str]:
-    """The script and its options, as the row means them, then `extra`."""
-    words = [f"finetune_hf_trainer_{table.task}.py", *table.options]
+    """The script and its options, as the row means them, then `extra`, which replaces options of the row."""
+    options = [(option,) for option in table.options]
     if table.model != DEFAULT_MODEL:
-        words += ["--model_name_or_path", table.model]
-    words += [*PRECISION_OPTIONS[recipe.precision], *METHOD_OPTIONS[recipe.method]]
+        options.append(("--model_name_or_path", table.model))
+    options += [(option,) for option in (*PRECISION_OPTIONS[recipe.precision], *METHOD_OPTIONS[recipe.method])]
     if recipe.lora_rank is not None:
-        words += ["--lora_rank", str(recipe.lora_rank)]
-        words += ["--lora_alpha_ratio", f"{recipe.lora_alpha / recipe.lora_rank:g}"]
-    words += ["--batch_size", str(recipe.batch_size), "--output_dir", f"output/{recipe.name}"]
-    words += ["--learning_rate", recipe.learning_rate, "--num_train_epochs", str(recipe.epochs)]
-    return [*words, *extra]
+        options.append(("--lora_rank", str(recipe.lora_rank)))
+        options.append(("--lora_alpha_ratio", f"{recipe.lora_alpha / recipe.lora_rank:g}"))
+    options += [("--batch_size", str(recipe.batch_size)), ("--output_dir", f"output/{recipe.name}")]
+    options += [("--learning_rate", recipe.learning_rate), ("--num_train_epochs", str(recipe.epochs))]
+    replaced = given_options(extra)
+    own = [word for option in options if option[0] not in replaced for word in option]
+    return [f"finetune_hf_trainer_{table.task}.py", *own, *extra]
 
 
 def launcher_options(options: argparse.Namespace) -> list[str]:
@@ -232,8 +234,7 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
     read_results(options.results, table.task)  # what would be wrong after hours of training is told before
     print(in_lines(command), flush=True)
     began = time.time()
-    launched = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    code = subprocess.run(launched, cwd=REPOSITORY, check=False).returncode
+    code = launch(command)
     if code or (options.node_rank or 0) > 0:
         return code
     if not evaluation.exists() or evaluation.stat().st_mtime_ns == previous:
@@ -267,6 +268,12 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
     published = "none published" if recipe.score is None else f"published {recipe.score:.{table.decimals}f}"
     print(f"{recipe.name}: {table.metric_title} {measured:.{table.decimals}f} ({published}), recorded in {path}{kind}")
     return 0
+
+
+def launch(command: Sequence[str]) -> int:
+    """Run a torchrun command from the repository's folder, by the torchrun of this Python; the exit code."""
+    words = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    return subprocess.run(words, cwd=REPOSITORY, check=False).returncode
 
 
 def in_words(changed: dict[str, dict[str, str | None]]) -> str:
