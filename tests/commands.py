@@ -76,6 +76,11 @@ def commands(text: str) -> list[str]:
     return [one for one in found if one.split()[0] in PROGRAMS and len(one.split()) > 1]
 
 
+def scripts_to_be_made(text: str) -> set[str]:
+    """The scripts that a document has its reader make, by `cp`; its commands on them run in a test of their own."""
+    return {line.split()[-1] for line in shell_lines(text) if line.startswith("cp ") and line.endswith(".py")}
+
+
 def shorten(command: str) -> list[str]:
     """A command -> the words to run, in which `{docvqa}`, `{docvqa_full}`, `{hateful_memes}`, `{nlvr2}`, `{ucf101}`,
     `{archive}`, `{videos}`, `{out}` and `{port}` stand for folders, files and a number that `fill_in` knows.
@@ -133,6 +138,8 @@ def shorten_tool(words: list[str]) -> list[str]:
     if module == "tools.recipes":
         return shorten_recipe(words)
     if module == "tools.check_data":
+        words[3] = "{ucf101}/ucf101_train.jsonl"
+        words[words.index("--image_dir") + 1] = "{ucf101}/images"
         return [*words, "--model_name_or_path", str(CHECKPOINT)]
     if module == "common.demo" and words[3] == "data":
         return [*words, "--out", "{out}/data", "--train_pages", "2", "--test_pages", "2"]

@@ -33,6 +33,7 @@ from tests.commands import (
     commands,
     documents,
     fill_in,
+    scripts_to_be_made,
     shell_lines,
     shorten,
     start,
@@ -50,10 +51,17 @@ OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
 }
 
 
+def all_commands():
+    """Those of all documents, but for what runs a script that the reader is to make first."""
+    for text in TEXTS.values():
+        made = scripts_to_be_made(text)
+        yield from (command for command in commands(text) if not made & set(command.split()))
+
+
 def run_once():
     """The commands that take long: one pytest parameter for each that differs once shortened."""
     seen = {}
-    for command in [command for text in TEXTS.values() for command in commands(text)]:
+    for command in all_commands():
         if not command.startswith("make ") and not is_quick(command):
             seen.setdefault(tuple(shorten(command)), command)
     return [pytest.param(list(words), id=command) for words, command in seen.items()]
@@ -73,7 +81,7 @@ def test_commands_are_found():
         "Run `make\nfoo`.\n\n    make bar  # why\n\n- so:\n\n  ```bash\n  # first\n  torchrun \\\n    a.py --x\n  ```\n"
     )
     assert sorted(commands(text)) == ["make bar", "make foo", "torchrun a.py --x"]
-    found = [command for text in TEXTS.values() for command in commands(text)]
+    found = list(all_commands())
     assert {"make demo", "make test"} <= set(found)
     scripts = {word for command in found for word in command.split() if TASK.fullmatch(word)}
     assert scripts == {path.name for path in REPOSITORY.glob("finetune_hf_trainer_*.py")}
@@ -82,12 +90,24 @@ def test_commands_are_found():
 
 def test_nothing_is_dropped_but_flash_attention():
     """A shortened command still has every word of the document's that is not the launcher's or a placeholder."""
-    for command in commands(ALL):
+    for command in all_commands():
         if command.startswith("torchrun"):
             script = shlex.split(re.sub(r"<\w+>", "", command[command.index("finetune_") :]))
             kept = shorten(command)
             given = {word for word in script if not word.startswith("/")} - {"--use_flash_attention"}
             assert given <= set(kept), command
+
+
+def test_unknown_placeholders_are_told():
+    with pytest.raises(ValueError, match=r"nobody knows what to fill in for \['<answer>', '\$HERE', '/path/to/y'\]"):
+        shorten("torchrun finetune_hf_trainer_docvqa.py --wd <answer> --data_dir $HERE --eval_data /path/to/y")
+
+
+def test_commands_on_a_script_to_be_made_have_a_test():
+    for name, text in TEXTS.items():
+        if scripts_to_be_made(text):
+            tests = [path for path in (REPOSITORY / "tests").glob("test_*.py") if name in path.read_text()]
+            assert tests, f"no test follows {name}"
 
 
 def test_every_file_named_exists():
@@ -199,7 +219,7 @@ def test_converted_tree_is_the_one_shown(small):
 # --- running the commands
 
 
-@pytest.mark.parametrize("command", [one for text in TEXTS.values() for one in commands(text) if is_quick(one)])
+@pytest.mark.parametrize("command", [one for one in all_commands() if is_quick(one)])
 def test_quick_command(command, tmp_path):
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     ended = start(fill_in(shorten(command), {"out": tmp_path}))
@@ -221,7 +241,7 @@ def test_command(words, small, tmp_path):
         assert (tmp_path / "trained" / "train_log.jsonl").exists()
 
 
-@pytest.mark.parametrize("command", sorted({one for one in commands(ALL) if one.startswith("make ")}))
+@pytest.mark.parametrize("command", sorted({one for one in all_commands() if one.startswith("make ")}))
 def test_make_target(command):
     ended = subprocess.run(["make", "-n", *command.split()[1:]], cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -231,15 +251,15 @@ def test_make_target(command):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "command", sorted({one for one in commands(ALL) if one.startswith("make ") and one not in RECURSIVE})
+    "command", sorted({one for one in all_commands() if one.startswith("make ") and one not in RECURSIVE})
 )
 def test_make(command, tmp_path):
     """In a copy of the repository, with an environment whose `python` and `torchrun` add what shortens a run."""
     copy = tmp_path / "repository"
     kept_out = shutil.ignore_patterns(
-        ".venv", ".git", "demo_*data*", "demo_output*", "output", "__pycache__", ".*_cache"
+        ".venv", ".git", "demo_data*", "demo_output*", "output", "__pycache__", ".*_cache"
     )
-    shutil.copytree(REPOSITORY, copy, ignore=lambda *args: kept_out(*args) - {"demo_checkpoint"})
+    shutil.copytree(REPOSITORY, copy, ignore=kept_out)
     binaries = copy / "venv" / "bin"
     binaries.mkdir(parents=True)
     shorter = "--max_steps 1 --eval_limit 4 --num_workers 1"
