@@ -1,12 +1,14 @@
-"""Conversations -> `input_ids`, `labels`, `pixel_values`; padding.
+"""Conversations -> `input_ids`, `labels`, `pixel_values`; padding, sharing pictures, packing.
 
 Notation used for tensor shapes
 - batch, seq: rows and positions
 - crops, images: of all rows together, in the order of their tags in the text
+- examples: of all rows together
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 
 from .errors import UserError
 from .phi3v import Phi3VProcessor
+from .phi3v.masks import SHARED
 from .phi3v.modeling import IGNORED_LABEL
 
 # What follows every answer in the published recipe; generation stops at the first of the two.
@@ -82,8 +85,29 @@ def encode_example(processor: Phi3VProcessor, example: Example, with_answer: boo
             labels.append(ids[-1])
     encoded = {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
     if pixels:
-        encoded |= {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat(sizes)}
+        # a single turn's pixels as they are, so that questions about one picture hold the same tensor
+        encoded |= {
+            name: parts[0] if len(parts) == 1 else torch.cat(parts)
+            for name, parts in (("pixel_values", pixels), ("image_sizes", sizes))
+        }
     return encoded
+
+
+def encode_questions(
+    processor: Phi3VProcessor, examples: Sequence[Example], with_answer: bool = True
+) -> list[dict[str, Any]]:
+    """`encode_example` of each; pictures that several of them hold as the same object are processed once."""
+    known: dict[tuple[int, ...], Any] = {}
+
+    def process(images: Sequence[Image.Image], num_crops: int | None = None) -> Any:
+        key = tuple(map(id, images))
+        if key not in known:
+            known[key] = processor.image_processor(images, num_crops=num_crops)
+        return known[key]
+
+    processing_once = copy.copy(processor)
+    processing_once.image_processor = process
+    return [encode_example(processing_once, example, with_answer) for example in examples]
 
 
 def collate(
@@ -101,3 +125,94 @@ def collate(
     labels[batch["attention_mask"].bool()] = torch.cat([one["labels"] for one in encoded])
     weights = torch.tensor([one.get("loss_weight", 1.0) for one in encoded], dtype=torch.float32)
     return {**batch, "labels": labels, "loss_weights": weights}
+
+
+def share_pictures(encoded: Sequence[dict[str, Any]], image_token_id: int, rope_threshold: int) -> list[dict[str, Any]]:
+    """Questions about the same pictures -> documents `[prefix with the image tokens | question, answer | …]`.
+
+    The prefix is what the questions have in common up to the last image token, and each branch is the
+    rest of one question, so that every branch reads exactly what it would read alone. All of them make
+    one document, but for questions on both sides of `rope_threshold`: the model rotates a longer
+    example's positions by other factors, those of its prefix too, so they make two.
+
+    Args:
+        encoded: what `encode_questions` made, each with its `loss_weight` if it has one.
+        image_token_id: of `<|image|>`.
+        rope_threshold: the checkpoint's `original_max_position_embeddings`.
+
+    Returns:
+        Documents for `pack`, in the order of their first questions.
+
+    Raises:
+        ValueError: pictures or texts before the last image token that are not the same, or labels there.
+    """
+    sides: dict[bool, list[dict[str, Any]]] = {}
+    for one in encoded:
+        sides.setdefault(len(one["input_ids"]) > rope_threshold, []).append(one)
+    return [_share(side, image_token_id) if len(side) > 1 else side[0] for side in sides.values()]
+
+
+def _share(encoded: Sequence[dict[str, Any]], image_token_id: int) -> dict[str, Any]:
+    first = encoded[0]
+    image_places = (first["input_ids"] == image_token_id).nonzero()
+    length = int(image_places[-1]) + 1 if len(image_places) else 0
+    prefix = first["input_ids"][:length]
+    for one in encoded:
+        same_pictures = one.get("pixel_values") is first.get("pixel_values") or (
+            torch.equal(one["image_sizes"], first["image_sizes"])
+            and torch.equal(one["pixel_values"], first["pixel_values"])
+        )
+        if length == 0 or not same_pictures or not torch.equal(one["input_ids"][:length], prefix):
+            raise ValueError("questions that share pictures must have the same pictures and the same text before them")
+        if (one["labels"][: length + 1] != IGNORED_LABEL).any():
+            raise ValueError("questions that share pictures must not be labelled before their own text")
+    branches = [one["input_ids"][length:] for one in encoded]
+    document = {
+        "input_ids": torch.cat([prefix, *branches]),
+        "labels": torch.cat([first["labels"][:length], *(one["labels"][length:] for one in encoded)]),
+        "position_ids": torch.cat(
+            [torch.arange(length), *(torch.arange(length, length + len(one)) for one in branches)]
+        ),
+        "branch_ids": torch.cat(
+            [
+                torch.full((length,), SHARED),
+                *(torch.full((len(one),), number) for number, one in enumerate(branches)),
+            ]
+        ),
+        "loss_weights": [one.get("loss_weight", 1.0) for one in encoded],
+    }
+    return document | {name: first[name] for name in ("pixel_values", "image_sizes")}
+
+
+def pack(documents: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Encoded examples, and documents of `share_pictures`, one after another in one row without padding.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids`, `branch_ids` (1, seq) as `common/phi3v/masks.py`
+        describes them, `loss_weights` (examples,), and where any document has pictures `pixel_values`
+        (crops, 3, 336, 336) and `image_sizes` (images, 2).
+
+    Raises:
+        ValueError: a document whose first token is labelled: nothing stands before it to predict it from.
+    """
+    positions, branches, weights = [], [], []
+    for one in documents:
+        length = len(one["input_ids"])
+        if one["labels"][0] != IGNORED_LABEL:
+            raise ValueError("the first token of a document cannot be labelled")
+        positions.append(one.get("position_ids", torch.arange(length)))
+        branch_ids = one.get("branch_ids", torch.zeros(length, dtype=torch.long))
+        branches.append(torch.where(branch_ids == SHARED, SHARED, branch_ids + len(weights)))
+        weights += one.get("loss_weights", [one.get("loss_weight", 1.0)])
+    batch = {
+        "input_ids": torch.cat([one["input_ids"] for one in documents])[None],
+        "labels": torch.cat([one["labels"] for one in documents])[None],
+        "position_ids": torch.cat(positions)[None],
+        "branch_ids": torch.cat(branches)[None],
+        "loss_weights": torch.tensor(weights, dtype=torch.float32),
+    }
+    for name in ("pixel_values", "image_sizes"):
+        parts = [one[name] for one in documents if name in one]
+        if parts:
+            batch[name] = torch.cat(parts)
+    return batch

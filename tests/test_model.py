@@ -503,6 +503,53 @@ def test_every_decoder_layer_learns_with_a_frozen_tower(frozen: str, checkpointi
     assert not any("img_processor" in name for name in found)
 
 
+def tower_calls(model: Phi3VForCausalLM) -> list[int]:
+    """A list that grows by the number of crops whenever the tower's first layer runs."""
+    calls: list[int] = []
+    layer = model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers[0]
+    # inside of the layer: its own hooks may be run outside of what is repeated
+    layer.self_attn.register_forward_pre_hook(
+        lambda _, inputs, arguments: calls.append(len(arguments["hidden_states"])), with_kwargs=True
+    )
+    return calls
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_tower_keeps_nothing_for_the_backward_pass(frozen: bool) -> None:
+    """It runs once, also under activation checkpointing, and without a graph; its neighbours learn as before."""
+    model = tiny_model("sdpa", **SMALL).train()
+    tower = model.model.vision_embed_tokens.img_processor
+    row = make_row(53, 330, (1, 1))
+    wanted = gradients_of(model, row, make_labels(row, 5))
+    tower.requires_grad_(not frozen)
+    enable_activation_checkpointing(model)
+    calls = tower_calls(model)
+    found = gradients_of(model, row, make_labels(row, 5))
+    assert calls == ([2] if frozen else [2, 2])
+    assert tower(row["pixel_values"]).requires_grad == (not frozen)
+    for name, gradient in wanted.items():
+        if "img_processor" not in name:
+            assert_close(found[name], gradient)
+        assert (name in found) == ("img_processor" not in name or not frozen)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_crops_per_call(most: int) -> None:
+    """However many crops the tower takes at once: the same gradients (float64, so that 1e-12 is rounding)."""
+    model = tiny_model("sdpa", **SMALL).double()
+    row = make_row(54, 650, (1, 2), (1, 1))
+    labels = make_labels(row, 5)
+    calls = tower_calls(model)
+    wanted = gradients_of(model, row, labels)
+    assert calls == [5]
+    calls.clear()
+    model.model.vision_embed_tokens.img_processor.max_crops_per_call = most
+    found = gradients_of(model, row, labels)
+    assert calls == {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 9: [5]}[most]
+    for name, gradient in wanted.items():
+        assert_close(found[name], gradient, 1e-12)
+
+
 # Files
 
 

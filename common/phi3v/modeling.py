@@ -9,6 +9,7 @@ Notation used for tensor shapes
 - width: the tower's hidden size (1024)
 - hidden: the decoder's hidden size (3072)
 - features: image features of all images together, one per `<|image|>` token
+- examples: what the loss is the mean over: the rows, or in a packed batch what the rows hold (see masks.py)
 
 The behaviour is that of the code published with the checkpoints (microsoft/Phi-3.5-vision-instruct);
 `tests/test_parity.py` holds it to numbers measured on that code.
@@ -23,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration import Phi3VConfig
+from .masks import document_lengths, packed_attention
 from .stock import (
     ROPE_INIT_FUNCTIONS,
     BaseModelOutputWithPast,
@@ -32,12 +34,16 @@ from .stock import (
     Phi3ForCausalLM,
     Phi3Model,
     Phi3PreTrainedModel,
+    Phi3RMSNorm,
     Phi3RotaryEmbedding,
+    find_fused_cross_entropy,
 )
 
 IGNORED_LABEL = -100
 PATCHES_PER_SIDE = 24  # 336 pixels / 14
 MERGED_PER_SIDE = PATCHES_PER_SIDE // 2
+# From so many labelled positions on their logits (at 32,064 a position) are worth a fused loss: 0.4 GB in all.
+FUSED_LOSS_FROM = 1024
 
 
 class Phi3VTower(nn.Module):
@@ -49,12 +55,25 @@ class Phi3VTower(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         tower_config = config.tower_config()
-        tower_config._attn_implementation = config._attn_implementation
+        # a tower has no mask: FlexAttention would have nothing to skip
+        flexible = config._attn_implementation == "flex_attention"
+        tower_config._attn_implementation = "sdpa" if flexible else config._attn_implementation
         self.vision_model = CLIPVisionModel(tower_config)
         self.num_layers_used = config.num_tower_layers_used
+        self.max_crops_per_call: int | None = None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(crops, 3, 336, 336) -> patch features (crops, 576, width), the class token dropped."""
+        """(crops, 3, 336, 336) -> patch features (crops, 576, width), the class token dropped.
+
+        At most `max_crops_per_call` crops at a time. A frozen tower runs without a graph, so that
+        nothing of it is kept for, or recomputed in, the backward pass.
+        """
+        trains = pixel_values.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            parts = pixel_values.split(self.max_crops_per_call or len(pixel_values))
+            return torch.cat([self._encode(part) for part in parts])
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.vision_model.embeddings(pixel_values)
         hidden_states = self.vision_model.pre_layrnorm(hidden_states)
         for layer in self.vision_model.encoder.layers[: self.num_layers_used]:
@@ -133,10 +152,10 @@ def assemble_grid(sub_images: torch.Tensor, rows: int, columns: int) -> torch.Te
 
 
 class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
-    """LongRoPE with the factors chosen row by row.
+    """LongRoPE with the factors chosen document by document (without packing a row is one document).
 
     The stock embedding looks at the longest row and gives its factors to the whole batch. A row's
-    result would then depend on what it is batched with; here a row past
+    result would then depend on what it is batched with; here a document past
     `original_max_position_embeddings` takes the long factors and its neighbours keep the short ones.
     """
 
@@ -145,12 +164,11 @@ class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
         """position_ids (batch, seq) -> cosines and sines, each (batch, seq, head size)."""
         inverse_frequencies = self.original_inv_freq.to(device=x.device, dtype=torch.float)
         if self.rope_type == "longrope":
-            row_lengths = position_ids.amax(dim=-1, keepdim=True) + 1  # (batch, 1)
+            is_long = document_lengths(position_ids) > self.config.original_max_position_embeddings  # (batch, seq)
+            # (batch, seq, head size / 2)
             inverse_frequencies = torch.where(
-                row_lengths > self.config.original_max_position_embeddings,
-                self._long_inverse_frequencies(x.device),
-                inverse_frequencies,
-            )[:, None]  # (batch, 1, head size / 2)
+                is_long[..., None], self._long_inverse_frequencies(x.device), inverse_frequencies
+            )
         angles = position_ids[..., None].float() * inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -163,6 +181,19 @@ class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
             cached, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, device, seq_len=past_short)
             self._long_cache = cached
         return cached
+
+
+class Phi3VRMSNorm(Phi3RMSNorm):
+    """The stock norm, except that a float64 model is not rounded to float32 in it.
+
+    Checks of gradients in double precision depend on it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(…, hidden) -> (…, hidden)"""
+        if hidden_states.dtype != torch.float64:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class Phi3VPreTrainedModel(Phi3PreTrainedModel):
@@ -211,6 +242,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
+        for module in self.modules():
+            if type(module) is Phi3RMSNorm:
+                module.__class__ = Phi3VRMSNorm  # made by the stock layers, which take no other class
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
@@ -247,6 +281,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -258,9 +293,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             inputs_embeds: (batch, seq, hidden), instead of `input_ids`; takes no images.
             pixel_values: (crops, 3, 336, 336).
             image_sizes: (images, 2) as `[height, width]`.
+            branch_ids: (batch, seq), given with `position_ids` where rows are packed: see masks.py.
 
         Returns:
-            `last_hidden_state` (batch, seq, hidden) and the cache.
+            `last_hidden_state` (batch, seq, hidden) and the cache (packed rows have none).
         """
         if inputs_embeds is None and input_ids is not None:
             has_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
@@ -270,7 +306,13 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         elif pixel_values is not None:
             raise ValueError("pixel_values go with input_ids: inputs_embeds has no <|image|> tokens to replace")
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if branch_ids is not None:
+            if position_ids is None or attention_mask is not None or past_key_values is not None or use_cache:
+                raise ValueError("packed rows (branch_ids) need position_ids, and take neither mask nor cache")
+            use_cache = False
+            packed = packed_attention(self.config._attn_implementation, position_ids, branch_ids, inputs_embeds.dtype)
+            attention_mask, kwargs = packed.pop("attention_mask"), kwargs | packed
+        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # Left-padded rows count their positions from their first real token, as when unpadded.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
@@ -310,6 +352,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; with `labels`, compute the recipe's loss.
@@ -318,13 +361,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             labels: (batch, seq), the ids to predict, -100 where there is nothing to learn. Given,
                 only the labelled positions pass through the head: `logits` is then None, for a
                 training step never needs the (batch, seq, vocabulary) tensor.
-            loss_weights: (batch,), what each row's loss counts; 1 where absent.
+            loss_weights: (examples,), what each example's loss counts; 1 where absent.
             logits_to_keep: the last positions to return logits for (0: all), or their indices.
             Others: see `Phi3VModel.forward`.
 
         Returns:
-            `loss`: the mean over rows of `loss_weights` times the row's mean over its own labelled
-            positions (each example counts once, however long its answer); `logits` (batch, kept
+            `loss`: the mean over examples of `loss_weights` times the example's mean over its own
+            labelled positions (each counts once, however long its answer); `logits` (batch, kept
             positions, vocabulary) without labels; the cache.
         """
         if labels is not None and use_cache is None:
@@ -338,11 +381,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             use_cache=use_cache,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            branch_ids=branch_ids,
             **kwargs,
         )
         loss = logits = None
         if labels is not None:
-            loss = self._answer_loss(outputs.last_hidden_state, labels, loss_weights)
+            if branch_ids is None:  # a row is an example
+                branch_ids = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
+            loss = self._answer_loss(outputs.last_hidden_state, labels, branch_ids, loss_weights)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -355,21 +401,37 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         )
 
     def _answer_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        branch_ids: torch.Tensor,
+        loss_weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        """hidden_states (batch, seq, hidden), labels (batch, seq) -> the loss, a scalar."""
+        """hidden_states (batch, seq, hidden), labels and branch_ids (batch, seq) -> the loss, a scalar."""
         targets = labels[:, 1:]  # position p predicts token p + 1
         is_labelled = targets != IGNORED_LABEL
-        row_of_target = is_labelled.nonzero()[:, 0]  # (labelled,)
-        logits = self.lm_head(hidden_states[:, :-1][is_labelled])  # (labelled, vocabulary)
-        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
-        token_losses = F.cross_entropy(logits.to(loss_dtype), targets[is_labelled], reduction="none")
-        counts = is_labelled.sum(-1)  # (batch,)
-        row_losses = token_losses.new_zeros(labels.shape[0]).index_add(0, row_of_target, token_losses)
-        row_losses = row_losses / counts.clamp(min=1)
+        example_of_target = branch_ids[:, 1:][is_labelled]  # (labelled,)
+        token_losses = self._token_losses(hidden_states[:, :-1][is_labelled], targets[is_labelled])
+        num_examples = int(branch_ids.max()) + 1 if loss_weights is None else len(loss_weights)
+        zeros = token_losses.new_zeros(num_examples)
+        counts = zeros.index_add(0, example_of_target, torch.ones_like(token_losses))
+        example_losses = zeros.index_add(0, example_of_target, token_losses) / counts.clamp(min=1)
         if loss_weights is not None:
-            row_losses = row_losses * loss_weights.to(row_losses.dtype)
-        return row_losses.mean()
+            example_losses = example_losses * loss_weights.to(example_losses.dtype)
+        return example_losses.mean()
+
+    def _token_losses(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """hidden_states (labelled, hidden), targets (labelled,) -> cross-entropies (labelled,), in float32 at least."""
+        head = self.lm_head
+        # a head that is adapted, or whose weight lies in pieces on other processes, must be called
+        is_plain = type(head) is nn.Linear and head.weight.shape[0] == self.vocab_size
+        if is_plain and len(targets) >= FUSED_LOSS_FROM:
+            fused_token_losses = find_fused_cross_entropy(hidden_states.device.type)
+            if fused_token_losses is not None:
+                return fused_token_losses(hidden_states, head, targets)
+        logits = head(hidden_states)  # (labelled, vocabulary)
+        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(loss_dtype), targets, reduction="none")
 
     def prepare_inputs_for_generation(
         self,

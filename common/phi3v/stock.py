@@ -7,6 +7,13 @@ bounds) and `constraints.txt` (what CI runs).
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,7 +32,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.utils.hub import cached_file as find_file
 
@@ -48,12 +55,38 @@ def enable_activation_checkpointing(model) -> None:
     enable({"use_reentrant": False})
 
 
+@functools.cache
+def find_fused_cross_entropy(
+    device_type: str,
+) -> Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor] | None:
+    """Liger's fused linear cross-entropy, which never holds all logits at once; None where it is not to be had.
+
+    Returns:
+        (labelled, hidden), the head, targets (labelled,) -> losses (labelled,).
+    """
+    if device_type != "cuda":
+        return None
+    try:
+        version = importlib.metadata.version("liger_kernel")
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:  # what importlib.metadata raises is one, too
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 8):
+        return None  # tested with 0.8.5; older gradients were wrong where positions count differently
+
+    def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+        return liger_fused_linear_cross_entropy(hidden_states, head.weight, targets, bias=head.bias, reduction="none")
+
+    return token_losses
+
+
 __all__ = [
     "ROPE_INIT_FUNCTIONS",
     "AutoTokenizer",
     "BaseImageProcessor",
     "BaseModelOutputWithPast",
     "BatchFeature",
+    "BlockMask",
     "CLIPVisionConfig",
     "CLIPVisionModel",
     "CausalLMOutputWithPast",
@@ -63,9 +96,12 @@ __all__ = [
     "Phi3ForCausalLM",
     "Phi3Model",
     "Phi3PreTrainedModel",
+    "Phi3RMSNorm",
     "Phi3RotaryEmbedding",
     "ProcessorMixin",
+    "create_block_mask",
     "enable_activation_checkpointing",
     "find_file",
+    "find_fused_cross_entropy",
     "register_with_auto_classes",
 ]

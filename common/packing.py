@@ -1,0 +1,183 @@
+"""Which questions make a step, and which of them go together through which process.
+
+A global batch is `batch_size` questions, the same however many processes there are and however many
+tokens each takes at once. Its questions are put into packs of at most so many tokens; questions about
+one picture stay together, so that `share_pictures` finds them in one pack.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .data import ExampleKey
+from .errors import UserError
+
+Group = list[int]  # questions about one picture
+Pack = list[Group]  # what goes through the model at once
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the sampler knows of an epoch's questions; token numbers may be estimates.
+
+    Attributes:
+        pictures: for every question the number of its picture (or pair of pictures), counted from 0.
+            Questions that are not to share anything have a number each.
+        picture_tokens: for every picture the tokens that its questions share.
+        own_tokens: for every question the tokens that it adds, its answer's included.
+    """
+
+    pictures: Sequence[int]
+    picture_tokens: Sequence[int]
+    own_tokens: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def tokens(self, group: Group) -> int:
+        """Tokens of some questions about one picture, the picture's counted once."""
+        return self.picture_tokens[self.pictures[group[0]]] + sum(self.own_tokens[question] for question in group)
+
+
+class PackedBatchSampler:
+    """The packs of one process, as groups of `ExampleKey`s.
+
+    An epoch is a shuffle of the pictures, and of each picture's questions, that depends on the seed and
+    the epoch alone, cut into global batches; a picture at a cut has some of its questions in either
+    batch. Every question is seen exactly once per epoch. Where no picture is shared, the global batches
+    are those of `GlobalBatchSampler`.
+
+    Every step takes `micro_steps` packs on every process, the fewest with which every step of the run
+    keeps to `max_tokens`. The longest groups are placed first, each into the pack that holds the fewest
+    tokens, which makes the packs about equal. Where a step has fewer groups than packs, the rest hold the
+    epoch's shortest question with weight 0, so that all processes take part in every step.
+
+    A question's weight is such that the mean over a pack's questions (the model's loss), averaged over
+    the step's packs, is the mean over the step's questions.
+
+    Args:
+        questions: the epoch's.
+        batch_size: questions per global batch.
+        max_tokens: the most tokens in a pack.
+        rank, world: this process and how many there are.
+        seed: of the shuffle.
+        epochs: how many the run has, begun ones included.
+
+    Raises:
+        UserError: a question that alone has more than `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        questions: Questions,
+        batch_size: int,
+        max_tokens: int,
+        rank: int,
+        world: int,
+        seed: int,
+        epochs: int = 1,
+    ) -> None:
+        self.questions, self.batch_size, self.max_tokens = questions, batch_size, max_tokens
+        self.rank, self.world, self.seed, self.epochs = rank, world, seed, epochs
+        self.epoch = 0
+        alone = [questions.tokens([question]) for question in range(len(questions))]
+        longest = max(range(len(questions)), key=alone.__getitem__)
+        if alone[longest] > max_tokens:
+            raise UserError(
+                f"--max_tokens_per_gpu {max_tokens}: example {longest} alone has about {alone[longest]} tokens; "
+                f"give at least {alone[longest]}, or fewer --num_crops"
+            )
+        self.shortest = min(range(len(questions)), key=alone.__getitem__)
+        # the first question about each picture stands for it in the shuffle
+        self._stands_for: dict[int, int] = {}
+        for question, picture in enumerate(questions.pictures):
+            self._stands_for.setdefault(picture, question)
+        self.micro_steps = 1
+        for epoch in range(epochs):
+            for batch in self.global_batches(epoch):
+                while max(map(self._pack_tokens, self.divide(batch))) > max_tokens:
+                    self.micro_steps += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose shuffle comes next."""
+        if epoch >= self.epochs:
+            raise ValueError(f"epoch {epoch} of a sampler for {self.epochs} epochs")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.questions) // self.batch_size) * self.micro_steps
+
+    def __iter__(self) -> Iterator[list[list[ExampleKey]]]:
+        for batch in self.global_batches(self.epoch):
+            num_questions = sum(map(len, batch))
+            packs = self.divide(batch)
+            for pack in packs[self.rank :: self.world]:
+                share = sum(map(len, pack)) / num_questions
+                weight = share * self.micro_steps * self.world
+                keys = [[ExampleKey(question, self.epoch, weight) for question in group] for group in pack]
+                yield keys or [[ExampleKey(self.shortest, self.epoch, 0.0)]]
+
+    def global_batches(self, epoch: int) -> Iterator[list[Group]]:
+        """An epoch's global batches, whose groups fit into a pack each."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.questions), generator=generator).tolist()
+        place = {question: position for position, question in enumerate(order)}
+        pictures = self.questions.pictures
+        order.sort(key=lambda question: place[self._stands_for[pictures[question]]])  # stable: theirs stay shuffled
+        for start in range(0, len(order), self.batch_size):
+            yield self._group(order[start : start + self.batch_size])
+
+    def _group(self, batch: Sequence[int]) -> list[Group]:
+        """A new group for another picture, and where the pack would be too long."""
+        groups: list[Group] = []
+        for question in batch:
+            fits = (
+                groups
+                and self.questions.pictures[groups[-1][0]] == self.questions.pictures[question]
+                and self.questions.tokens([*groups[-1], question]) <= self.max_tokens
+            )
+            if fits:
+                groups[-1].append(question)
+            else:
+                groups.append([question])
+        return groups
+
+    def divide(self, batch: Sequence[Group]) -> list[Pack]:
+        """A global batch's packs, micro-step by micro-step and process by process: (micro_steps * world)."""
+        emptiest = [(0, number) for number in range(self.micro_steps * self.world)]
+        packs: list[Pack] = [[] for _ in emptiest]
+        for group in sorted(batch, key=self.questions.tokens, reverse=True):
+            tokens, number = emptiest[0]
+            packs[number].append(group)
+            heapq.heapreplace(emptiest, (tokens + self.questions.tokens(group), number))
+        # equals side by side, for processes may wait for each other in every micro-step; to and fro
+        packs.sort(key=self._pack_tokens, reverse=True)
+        rows = [packs[start : start + self.world] for start in range(0, len(packs), self.world)]
+        return [pack for number, row in enumerate(rows) for pack in (row[::-1] if number % 2 else row)]
+
+    def _pack_tokens(self, pack: Pack) -> int:
+        return sum(map(self.questions.tokens, pack))
+
+    def tokens_per_process(self, epoch: int) -> list[list[int]]:
+        """How many tokens each process has in each step: (steps, world); fillers included."""
+        filler = self.questions.tokens([self.shortest])
+        loads = []
+        for batch in self.global_batches(epoch):
+            packs = [self._pack_tokens(pack) or filler for pack in self.divide(batch)]
+            loads.append([sum(packs[rank :: self.world]) for rank in range(self.world)])
+        return loads
+
+
+def spread(tokens_per_process: Sequence[Sequence[int]]) -> float:
+    """How much longer steps are than with perfectly equal processes: 0.1 for a tenth.
+
+    Args:
+        tokens_per_process: (steps, world).
+    """
+    busiest = sum(max(loads) for loads in tokens_per_process)
+    equal = sum(sum(loads) / len(loads) for loads in tokens_per_process)
+    return busiest / equal - 1
