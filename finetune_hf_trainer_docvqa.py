@@ -17,7 +17,7 @@ from typing import Any
 
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn, encode_example
-from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows
+from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_questions
 from common.errors import run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
@@ -37,14 +37,9 @@ def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision on DocVQA.")
     parser.add_argument("--full_train", action="store_true", help=f"train on {FULL} instead of {MINI}")
     parser.add_argument("--all_questions", action="store_true", help="an epoch is every question, not one per page")
-    parser.add_argument("--train_data", help="hub id (ID or ID:CONFIG), folder or file to train on")
-    parser.add_argument("--eval_data", help="hub id (ID or ID:CONFIG), folder or file to evaluate on")
-    parser.add_argument(
-        "--eval_split",
-        choices=("test", "validation"),
-        default="test",
-        help="validation: the official one (%(default)s)",
-    )
+    parser.add_argument("--train_data", metavar="DATA", help="train on it: hub id (ID or ID:CONFIG), folder or file")
+    parser.add_argument("--eval_data", metavar="DATA", help="evaluate on it, likewise")
+    parser.add_argument("--eval_split", choices=("test", "validation"), default="test", help="validation: official set")
     return parse_options(parser)
 
 
@@ -54,17 +49,18 @@ def parse() -> argparse.Namespace:
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     default_eval = VALIDATION if options.eval_split == "validation" else MINI
     eval_rows = load(options, options.eval_data, default_eval, "--eval_data", options.eval_split)
-    check_answers(eval_rows, answers, "evaluate on rows with answers; the official ones are --eval_split validation")
+    check_answers(eval_rows, questions, "evaluate on rows with answers; the official ones are --eval_split validation")
     if options.eval_only:
         return None, eval_rows.first(options.eval_limit)
     train_rows = load(options, options.train_data, FULL if options.full_train else MINI, "--train_data", "train")
-    check_answers(train_rows, answers, "leave the row out")
+    check_answers(train_rows, questions, "leave the row out")
     return train_rows, eval_rows.first(options.eval_limit)
 
 
 def load(options: argparse.Namespace, given: str | None, default: str, option: str, split: str) -> Rows:
-    option = "--data_dir" if options.data_dir and not given else option
-    return load_rows(given or options.data_dir or default, split, LAYOUTS, option)
+    if options.data_dir and not given:
+        given, option = options.data_dir, "--data_dir"
+    return load_rows(given or default, split, LAYOUTS, option)
 
 
 def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -75,29 +71,21 @@ def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [(f"{question}\nAnswer briefly.", row["answers"])]
 
 
-def answers(row: dict[str, Any]) -> list[list[str]]:
-    return [accepted for _, accepted in questions(row)]
-
-
-def page(rows: Rows, index: int) -> Any:
-    row = rows[index]
-    return decode_image(row["images"][0] if "images" in row else row["image"], rows.place(index))
+def ask(rows: Rows, index: int, question: str, answer: str = "") -> Example:
+    row, place = rows[index], rows.place(index)
+    image = decode_image(row["images"][0] if "images" in row else row["image"], place)
+    return Example(place, [Turn(f"<|image_1|>\n{question}", answer, [image])])
 
 
 def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
     """One question drawn per page and epoch, or every question; one accepted answer drawn each time."""
-    numbers = [(row, None) for row in range(len(rows))]
-    if options.all_questions and "texts" in rows.columns:
-        texts = rows.table.select_columns(["texts"])
-        numbers = [(row, number) for row in range(len(rows)) for number in range(len(texts[row]["texts"]))]
+    numbers = number_questions(rows, each=options.all_questions)
 
     def make_example(index: int, generator: random.Random) -> Example:
         row, number = numbers[index]
         asked = questions(rows[row])
-        question, answers = generator.choice(asked) if number is None else asked[number]
-        return Example(
-            rows.place(row), [Turn(f"<|image_1|>\n{question}", generator.choice(answers), [page(rows, row)])]
-        )
+        question, accepted = generator.choice(asked) if number is None else asked[number]
+        return ask(rows, row, question, generator.choice(accepted))
 
     return ExampleDataset(len(numbers), make_example, lambda one: encode_example(processor, one), options.seed)
 
@@ -109,19 +97,17 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
     """ANLS over the rows, written to `<name>.json`."""
 
     def make_example(index: int) -> Example:
-        question, _ = questions(rows[index])[0]
-        return Example(rows.place(index), [Turn(f"<|image_1|>\n{question}", images=[page(rows, index)])])
+        return ask(rows, index, questions(rows[index])[0][0])
 
     generated = generate_answers(model, processor, len(rows), make_example, options, title=name)
     examples = []
-    texts = rows.table.remove_columns([name for name in ("image", "images") if name in rows.columns])
-    for index, (row, (answer, _)) in enumerate(zip(texts, generated, strict=True)):
+    for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, accepted = questions(row)[0]
+        about = {"id": str(row.get("id", row.get("questionId", index))), "question": question, "answers": accepted}
         scores = {"anls": anls(answer, accepted), "anls_recipe": anls_recipe(answer, accepted)}
-        identity = str(row.get("id", row.get("questionId", index)))
-        examples.append({"id": identity, "question": question, "answers": accepted, "generated": answer, **scores})
+        examples.append({**about, "generated": answer, **scores})
     totals = {metric: mean([one[metric] for one in examples]) for metric in ("anls", "anls_recipe")}
-    write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
+    write_evaluation(options.output_dir / f"{name}.json", totals, examples)
     return totals
 
 

@@ -18,30 +18,21 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sklearn.metrics import roc_auc_score
-
+from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn, encode_example
-from common.data import (
-    ExampleDataset,
-    Rows,
-    decode_image,
-    load_rows,
-    path_inside,
-    read_json_lines,
-    rows_of_records,
-    split_off_first,
-)
+from common.data import ExampleDataset, Rows
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
-from common.metrics import exact_match, mean, strip_answer
+from common.metrics import auroc, exact_match, mean, strip_answer
 from common.training import free_memory, save, say, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:hateful_memes"
 LAYOUTS = (("images", "texts"),)
 EVAL_ROWS = 500  # as published: the first 500 rows for evaluation, the rest for training
-QUESTION = "Is this meme hateful? Answer yes or no."  # of the original challenge's files, which hold none
+EVAL_FILE = "dev_seen.jsonl"  # of the original challenge's files
+QUESTION = "Is this meme hateful? Answer yes or no."  # which those files leave out
 LABELS = ("No", "Yes")
 
 
@@ -50,45 +41,47 @@ LABELS = ("No", "Yes")
 
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision to classify hateful memes.")
-    parser.add_argument(
-        "--eval_file",
-        default="dev_seen.jsonl",
-        help="with the original challenge's folder as --data_dir, the file to evaluate on (%(default)s)",
-    )
+    help_text = f"of the challenge's files in --data_dir, the one to evaluate on ({EVAL_FILE})"
+    parser.add_argument("--eval_file", metavar="FILE", help=help_text)
     return parse_options(parser)
 
 
 # --- data
 
 
-def load_data(options: argparse.Namespace) -> tuple[Rows, Rows]:
-    if options.data_dir and (Path(options.data_dir) / "train.jsonl").is_file():
-        folder = Path(options.data_dir)
-        train_rows, eval_rows = challenge_rows(folder, "train.jsonl"), challenge_rows(folder, options.eval_file)
+def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
+    folder = Path(options.data_dir or "")
+    if options.eval_file or (options.data_dir and (folder / "train.jsonl").is_file()):
+        eval_rows = challenge_rows(folder, options.eval_file or EVAL_FILE)
+        train_rows = None if options.eval_only else challenge_rows(folder, "train.jsonl")
     else:
-        rows = load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
-        train_rows, eval_rows = split_off_first(rows, EVAL_ROWS)
+        rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
+        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
     return train_rows, eval_rows.first(options.eval_limit)
 
 
 def challenge_rows(folder: Path, name: str) -> Rows:
-    """The original challenge's files (`img/`, JSON lines of id, img, label, text), in the_cauldron's layout."""
-    records = []
-    for number, record in read_json_lines(folder / name):
+    """The challenge's files (`img/`, JSON lines of id, img, label, text), in the_cauldron's layout.
+
+    The meme's `text` stays out of the prompt, as in the published recipe: the model reads it in the picture.
+    """
+    records, missing = [], []
+    for number, record in data.read_json_lines(folder / name):
         place = f"{folder / name}, line {number}"
         if not isinstance(record.get("img"), str) or record.get("label") not in (0, 1):
             raise UserError(f"{place}: needs img, a path, and label, 0 or 1 (the test files without labels have none)")
-        image = {"bytes": None, "path": str(path_inside(folder, record["img"], place))}
-        records.append({"images": [image], "texts": [{"user": QUESTION, "assistant": LABELS[record["label"]]}]})
-    return rows_of_records(str(folder), name.removesuffix(".jsonl"), records)
+        image, meme = data.path_inside(folder, record["img"], place), str(record.get("id", place))
+        missing += [] if image.is_file() else [meme]
+        texts = [{"user": QUESTION, "assistant": LABELS[int(record["label"])]}]
+        records.append({"id": meme, "images": [{"bytes": None, "path": str(image)}], "texts": texts})
+    data.report_missing(folder / name, missing)
+    return data.rows_of_records(str(folder), name.removesuffix(".jsonl"), records)
 
 
 def make_example(rows: Rows, index: int, generator: random.Random | None = None) -> Example:
     row, place = rows[index], rows.place(index)
-    text = row["texts"][0]
-    return Example(
-        place, [Turn(f"<|image_1|>\n{text['user']}", text["assistant"], [decode_image(row["images"][0], place)])]
-    )
+    text, image = row["texts"][0], data.decode_image(row["images"][0], place)
+    return Example(place, [Turn(f"<|image_1|>\n{text['user']}", text["assistant"], [image])])
 
 
 # --- metric
@@ -96,29 +89,28 @@ def make_example(rows: Rows, index: int, generator: random.Random | None = None)
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Accuracy over the rows, and the AUROC of P(yes) / (P(yes) + P(no)), written to `<name>.json`."""
-    texts = [row["texts"][0] for row in rows.table.select_columns(["texts"])]
+    labels = [row["texts"][0]["assistant"] for row in rows.without_images()]
     # the two answers as the data writes them ("Yes", "No."), whose first tokens are compared
-    written = {strip_answer(text["assistant"]).lower(): text["assistant"] for text in texts}
-    candidates = tuple(written.get(label.lower(), label) for label in LABELS)
-    generated = generate_answers(
-        model, processor, len(rows), functools.partial(make_example, rows), options, title=name, candidates=candidates
-    )
+    written = {strip_answer(label).lower(): label for label in labels}
+    candidates = [written.get(label.lower(), label) for label in LABELS]
+    asked = functools.partial(make_example, rows)
+    generated = generate_answers(model, processor, len(rows), asked, options, title=name, candidates=candidates)
     examples = []
-    for index, (text, (answer, (no, yes))) in enumerate(zip(texts, generated, strict=True)):
-        score = {"correct": exact_match(answer, text["assistant"]), "probability_yes": yes / max(yes + no, 1e-30)}
-        asked = {"id": rows.place(index), "question": text["user"], "answers": [text["assistant"]]}
-        examples.append({**asked, "generated": answer, **score})
-    truth = [strip_answer(text["assistant"]).lower() == "yes" for text in texts]
-    totals = {"accuracy": mean([one["correct"] for one in examples]), "auroc": None}
-    if len(set(truth)) == 2:
-        totals["auroc"] = float(roc_auc_score(truth, [one["probability_yes"] for one in examples]))
-    write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
+    for index, (row, (answer, (no, yes))) in enumerate(zip(rows.without_images(), generated, strict=True)):
+        label = labels[index]
+        about = {"id": row.get("id", rows.place(index)), "question": row["texts"][0]["user"], "answers": [label]}
+        score = {"correct": exact_match(answer, label), "probability_yes": yes / max(yes + no, 1e-30)}
+        examples.append({**about, "generated": answer, **score})
+    truth = [strip_answer(label).lower() == "yes" for label in labels]
+    area = auroc(truth, [one["probability_yes"] for one in examples])
+    totals = {"accuracy": mean([one["correct"] for one in examples]), "auroc": area}
+    write_evaluation(options.output_dir / f"{name}.json", totals, examples)
     return totals
 
 
 def in_words(totals: dict[str, Any]) -> str:
-    auroc = "only one class" if totals["auroc"] is None else f"AUROC {totals['auroc']:.4f}"
-    return f"accuracy {totals['accuracy']:.4f} ({auroc})"
+    area = "only one class" if totals["auroc"] is None else f"AUROC {totals['auroc']:.4f}"
+    return f"accuracy {totals['accuracy']:.4f} ({area})"
 
 
 # --- steps

@@ -14,18 +14,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn, encode_example
-from common.data import (
-    ExampleDataset,
-    Rows,
-    decode_image,
-    load_rows,
-    path_inside,
-    read_json_lines,
-    rows_of_records,
-    split_off_first,
-)
+from common.data import ExampleDataset, Rows
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
@@ -35,7 +27,8 @@ from common.training import free_memory, save, say, start, train
 HUB = "HuggingFaceM4/the_cauldron:nlvr2"
 LAYOUTS = (("images", "texts"),)
 EVAL_ROWS = 500  # as published: the first 500 rows for evaluation, the rest for training
-QUESTION = "{sentence} Is this statement true? Answer yes or no."  # of the original files' bare sentences
+EVAL_FILE = "dev.json"  # of the original files
+QUESTION = "{sentence} Is this statement true? Answer yes or no."  # they hold bare sentences
 LABELS = {"true": "Yes", "false": "No"}
 
 
@@ -47,6 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--separate_questions", action="store_true", help="a row's questions as examples of their own, not as turns"
     )
+    help_text = f"of the original files in --data_dir, the one to evaluate on ({EVAL_FILE})"
+    parser.add_argument("--eval_file", metavar="FILE", help=help_text)
     parser.add_argument("--skip_missing", action="store_true", help="leave out examples whose images are missing")
     return parse_options(parser, flash_attention_implies_bf16=True)
 
@@ -54,51 +49,40 @@ def parse() -> argparse.Namespace:
 # --- data
 
 
-def load_data(options: argparse.Namespace) -> tuple[Rows, Rows]:
-    if options.data_dir and (Path(options.data_dir) / "train.json").is_file():
-        train_rows, eval_rows = (original_rows(Path(options.data_dir), split, options) for split in ("train", "dev"))
+def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
+    folder = Path(options.data_dir or "")
+    if options.eval_file or (options.data_dir and (folder / "train.json").is_file()):
+        eval_rows = original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False)
+        train_rows = None if options.eval_only else original_rows(folder, "train.json", options, by_pair=True)
     else:
-        rows = load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
-        train_rows, eval_rows = split_off_first(rows, EVAL_ROWS)
+        rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
+        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
     return train_rows, eval_rows.first(options.eval_limit)
 
 
-def original_rows(folder: Path, split: str, options: argparse.Namespace) -> Rows:
-    """The original NLVR2 files, in the_cauldron's layout: a row per pair of pictures, with all its sentences."""
-    pairs: dict[str, dict[str, Any]] = {}
-    num_missing = 0
-    for number, record in read_json_lines(folder / f"{split}.json"):
-        place = f"{folder / split}.json, line {number}"
+def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair: bool) -> Rows:
+    """An original file in the_cauldron's layout: a row per pair of pictures with all its sentences, or per sentence."""
+    rows: dict[str, dict[str, Any]] = {}
+    missing, images = [], data.ImageFinder(folder, inside=("images", "."))
+    for number, record in data.read_json_lines(folder / name):
+        place = f"{folder / name}, line {number}"
+        identifier, sentence = record.get("identifier"), record.get("sentence")
         label = LABELS.get(str(record.get("label")).lower())
-        if (
-            label is None
-            or not isinstance(record.get("sentence"), str)
-            or not isinstance(record.get("identifier"), str)
-        ):
+        if label is None or not isinstance(sentence, str) or not isinstance(identifier, str):
             raise UserError(f"{place}: needs identifier, sentence and label (True or False)")
-        pair = record["identifier"].rpartition("-")[0]  # dev-850-0-2: the third sentence of pair dev-850-0
-        images = [find_image(folder, split, f"{pair}-img{side}", record, place) for side in (0, 1)]
-        if None in images:
-            if not options.skip_missing:
-                raise UserError(f"{place}: an image of {record['identifier']} is missing; add --skip_missing to go on")
-            num_missing += 1
+        # dev-850-0-2: of the set 850, the pair 0, its sentence 2; pictures [images/]dev/dev-850-0-img0.png and -img1
+        pair, split = identifier.rpartition("-")[0], identifier.partition("-")[0]
+        inner = "/".join([split, *([str(record["directory"])] if "directory" in record else []), pair])
+        found = [images.find(f"{inner}-img{side}", place) for side in (0, 1)]
+        if None in found:
+            missing.append(identifier)
             continue
-        row = pairs.setdefault(pair, {"images": [{"bytes": None, "path": path} for path in images], "texts": []})
-        row["texts"].append({"user": QUESTION.format(sentence=record["sentence"]), "assistant": label})
-    if num_missing:
-        say(f"{folder / split}.json: left out {num_missing} examples whose images are missing")
-    return rows_of_records(str(folder), split, list(pairs.values()))
-
-
-def find_image(folder: Path, split: str, name: str, record: dict[str, Any], place: str) -> str | None:
-    """`images/<split>/[<directory>/]<name>.*`, or without `images/`; the ending tells nothing about the format."""
-    inner = [str(record["directory"])] if "directory" in record else []
-    for parent in (folder / "images", folder):
-        where = path_inside(folder, str(Path(parent.relative_to(folder), split, *inner, name)), place)
-        found = sorted(where.parent.glob(where.name + ".*"))
-        if found:
-            return str(found[0])
-    return None
+        cells = [{"bytes": None, "path": str(path)} for path in found]
+        row_id = pair if by_pair else identifier
+        row = rows.setdefault(row_id, {"id": row_id, "images": cells, "texts": []})
+        row["texts"].append({"user": QUESTION.format(sentence=sentence), "assistant": label})
+    data.report_missing(folder / name, missing, skip=options.skip_missing)
+    return data.rows_of_records(str(folder), name.removesuffix(".json"), list(rows.values()))
 
 
 def make_example(rows: Rows, numbers: list, index: int, generator: random.Random | None = None) -> Example:
@@ -106,18 +90,10 @@ def make_example(rows: Rows, numbers: list, index: int, generator: random.Random
     row_index, number = numbers[index]
     row, place = rows[row_index], rows.place(row_index)
     texts = row["texts"] if number is None else [row["texts"][number]]
-    images = [decode_image(cell, place) for cell in row["images"]]
+    images = [data.decode_image(cell, place) for cell in row["images"]]
     tags = "".join(f"<|image_{position}|>" for position in range(1, len(images) + 1))
     first = Turn(f"{tags}\n{texts[0]['user']}", texts[0]["assistant"], images)
     return Example(place, [first, *(Turn(text["user"], text["assistant"]) for text in texts[1:])])
-
-
-def number_examples(rows: Rows, options: argparse.Namespace) -> list[tuple[int, int | None]]:
-    """What an epoch holds: every row, or every question of every row."""
-    if not options.separate_questions:
-        return [(row, None) for row in range(len(rows))]
-    texts = rows.table.select_columns(["texts"])
-    return [(row, number) for row in range(len(rows)) for number in range(len(texts[row]["texts"]))]
 
 
 # --- metric
@@ -125,16 +101,15 @@ def number_examples(rows: Rows, options: argparse.Namespace) -> list[tuple[int, 
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """Accuracy on the rows' first questions, written to `<name>.json`."""
-    first_questions = [(row, 0) for row in range(len(rows))]
-    asked = functools.partial(make_example, rows, first_questions)
+    asked = functools.partial(make_example, rows, [(row, 0) for row in range(len(rows))])
     generated = generate_answers(model, processor, len(rows), asked, options, title=name)
     examples = []
-    for index, (answer, _) in enumerate(generated):
-        text = rows.table.select_columns(["texts"])[index]["texts"][0]
-        about = {"id": rows.place(index), "question": text["user"], "answers": [text["assistant"]]}
-        examples.append({**about, "generated": answer, "correct": exact_match(answer, text["assistant"])})
+    for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
+        question, correct = row["texts"][0]["user"], row["texts"][0]["assistant"]
+        about = {"id": row.get("id", rows.place(index)), "question": question, "answers": [correct]}
+        examples.append({**about, "generated": answer, "correct": exact_match(answer, correct)})
     totals = {"accuracy": mean([one["correct"] for one in examples])}
-    write_evaluation(options.output_dir / f"{name}.json", {**totals, "num_examples": len(examples)}, examples)
+    write_evaluation(options.output_dir / f"{name}.json", totals, examples)
     return totals
 
 
@@ -156,7 +131,7 @@ def main() -> None:
     say(f"before training: accuracy {before['accuracy']:.4f}")
 
     model = prepare_for_training(model, processor, options)
-    numbers = number_examples(train_rows, options)
+    numbers = data.number_questions(train_rows, each=options.separate_questions)
     examples = functools.partial(make_example, train_rows, numbers)
     dataset = ExampleDataset(len(numbers), examples, functools.partial(encode_example, processor), options.seed)
     evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)

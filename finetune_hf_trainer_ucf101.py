@@ -10,18 +10,15 @@ accuracy it reports that of each class and the confusion matrix (`confusion_*.pn
 import argparse
 import functools
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
-
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from common.cli import make_parser, parse_options
 from common.collation import Example, encode_example
 from common.conversations import Conversations, load_conversations
 from common.data import ExampleDataset
-from common.errors import UserError, is_first_process, run
-from common.evaluation import generate_answers, write_evaluation
+from common.errors import UserError, run
+from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
 from common.training import free_memory, save, say, start, train
@@ -34,24 +31,26 @@ OTHER = "(other)"  # an answer that names no class
 
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision to classify videos.", num_crops=4)
-    parser.add_argument(
-        "--eval_split", choices=("val", "test"), default="test", help="what to evaluate on (%(default)s)"
-    )
+    parser.add_argument("--eval_split", choices=("val", "test"), default="test", help="to evaluate on (%(default)s)")
     return parse_options(parser, flash_attention_implies_bf16=True)
 
 
 # --- data
 
 
-def load_data(options: argparse.Namespace) -> tuple[Conversations, Conversations]:
+def load_data(options: argparse.Namespace) -> tuple[Conversations | None, Conversations, list[str]]:
+    """What to train on, what to evaluate on, and the classes of both."""
     if options.data_dir is None:
         raise UserError("--data_dir is needed: the folder that convert_ucf101.py has written")
     folder = Path(options.data_dir)
-    train_data, eval_data = (
-        load_conversations(folder / f"ucf101_{split}.jsonl", folder / "images")
-        for split in ("train", options.eval_split)
-    )
-    return train_data, eval_data.first(options.eval_limit)
+    splits = (options.eval_split,) if options.eval_only else (options.eval_split, "train")
+    loaded = [load_conversations(folder / f"ucf101_{split}.jsonl", folder / "images") for split in splits]
+    classes = sorted({label for one in loaded for label in labels_of(one)})
+    return None if options.eval_only else loaded[1], loaded[0].first(options.eval_limit), classes
+
+
+def labels_of(data: Conversations) -> list[str]:
+    return [record["conversations"][-1]["assistant"] for record in data.records]
 
 
 def make_example(data: Conversations, index: int, generator: random.Random | None = None) -> Example:
@@ -61,32 +60,31 @@ def make_example(data: Conversations, index: int, generator: random.Random | Non
 # --- metric
 
 
-def evaluate(model: Any, processor: Any, data: Conversations, options: argparse.Namespace, name: str) -> dict[str, Any]:
+def evaluate(
+    model: Any, processor: Any, data: Conversations, classes: list[str], options: argparse.Namespace, name: str
+) -> dict[str, Any]:
     """Accuracy over the videos and of each class, the confusion matrix; written to `<name>.json` and a PNG."""
-    generated = generate_answers(
-        model, processor, len(data), functools.partial(make_example, data), options, title=name
-    )
-    truth = [record["conversations"][-1]["assistant"] for record in data.records]
-    classes = sorted(set(truth))
+    asked = functools.partial(make_example, data)
+    generated = [answer for answer, _ in generate_answers(model, processor, len(data), asked, options, title=name)]
+    truth = labels_of(data)
+    correct = [exact_match(answer, label) for answer, label in zip(generated, truth, strict=True)]
+    of_class = {one: [score for score, label in zip(correct, truth, strict=True) if label == one] for one in classes}
+    totals = {
+        "accuracy": mean(correct),
+        "accuracy_per_class": {one: mean(scores) for one, scores in of_class.items() if scores},
+    }
     named = {strip_answer(one).lower(): one for one in classes}
-    predicted = [named.get(strip_answer(answer).lower(), OTHER) for answer, _ in generated]
-    correct = [exact_match(answer, label) for (answer, _), label in zip(generated, truth, strict=True)]
-    counts, right = Counter(truth), Counter(label for label, score in zip(truth, correct, strict=True) if score)
+    predicted = [named.get(strip_answer(answer).lower(), OTHER) for answer in generated]
     labels = [*classes, OTHER]
-    matrix = confusion_matrix(truth, predicted, labels=labels)
-    totals = {"accuracy": mean(correct), "accuracy_per_class": {one: right[one] / counts[one] for one in classes}}
-    if is_first_process():
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        display = ConfusionMatrixDisplay(matrix, display_labels=labels).plot(xticks_rotation="vertical", colorbar=False)
-        display.figure_.set_size_inches(3 + len(labels) / 2, 3 + len(labels) / 2)
-        display.figure_.savefig(options.output_dir / f"confusion_{name}.png", bbox_inches="tight")
+    matrix = write_confusion(options.output_dir / f"confusion_{name}.png", truth, predicted, labels)
+    confusion = {"labels": labels, "rows_true_columns_predicted": matrix}
     examples = [
-        {"id": record.get("id", str(index)), "answers": [truth[index]], "generated": answer, "correct": correct[index]}
-        for index, (record, (answer, _)) in enumerate(zip(data.records, generated, strict=True))
+        {"id": record.get("id", data.place(index)), "answers": [label], "generated": answer, "correct": score}
+        for index, (record, label, answer, score) in enumerate(
+            zip(data.records, truth, generated, correct, strict=True)
+        )
     ]
-    confusion = {"labels": labels, "rows_true_columns_predicted": matrix.tolist()}
-    content = {**totals, "confusion": confusion, "num_examples": len(examples)}
-    write_evaluation(options.output_dir / f"{name}.json", content, examples)
+    write_evaluation(options.output_dir / f"{name}.json", {**totals, "confusion": confusion}, examples)
     return totals
 
 
@@ -96,12 +94,14 @@ def evaluate(model: Any, processor: Any, data: Conversations, options: argparse.
 def main() -> None:
     options = parse()
     check_checkpoint(options)
-    train_data, eval_data = load_data(options)
+    train_data, eval_data, classes = load_data(options)
     arguments = start(options)
     processor = load_processor(options)
     model = load_model(options.model_name_or_path, options)
 
-    before = evaluate(model, processor, eval_data, options, "eval_only" if options.eval_only else "eval_before")
+    before = evaluate(
+        model, processor, eval_data, classes, options, "eval_only" if options.eval_only else "eval_before"
+    )
     if options.eval_only:
         say(f"accuracy {before['accuracy']:.4f}")
         return
@@ -110,14 +110,14 @@ def main() -> None:
     model = prepare_for_training(model, processor, options)
     encode = functools.partial(encode_example, processor)
     dataset = ExampleDataset(len(train_data), functools.partial(make_example, train_data), encode, options.seed)
-    evaluate_now = functools.partial(evaluate, model, processor, eval_data, options)
+    evaluate_now = functools.partial(evaluate, model, processor, eval_data, classes, options)
     trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)
     del model, evaluate_now
     free_memory(trainer)
 
     model = load_model(options.output_dir, options)
-    after = evaluate(model, processor, eval_data, options, "eval_after")
+    after = evaluate(model, processor, eval_data, classes, options, "eval_after")
     say(f"after training:  accuracy {after['accuracy']:.4f}")
     say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from .collation import Example
-from .errors import UserError
+from .errors import UserError, is_first_process
 
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
@@ -44,6 +45,10 @@ class Rows:
     def columns(self) -> set[str]:
         """The names of the columns."""
         return set(self.table.column_names)
+
+    def without_images(self) -> Iterator[dict[str, Any]]:
+        """The rows one after another, their images left where they are."""
+        return iter(self.table.remove_columns([name for name in ("image", "images") if name in self.columns]))
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages."""
@@ -180,25 +185,24 @@ def decode_image(cell: Any, place: str) -> Image.Image:
         image = Image.open(io.BytesIO(content) if content is not None else path)
         image.load()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        size = "" if content is None else f" ({len(content)} bytes)"
-        raise UserError(f"{place}: the image{size} cannot be decoded: {one_line(error)}") from error
+        which = f" ({len(content)} bytes)" if content is not None else "" if str(path) in place else f" {path}"
+        raise UserError(f"{place}: the image{which} cannot be decoded: {one_line(error)}") from error
     return image
 
 
-def check_answers(rows: Rows, answers_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str) -> None:
+def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str) -> None:
     """Check, without decoding an image, that every row has answers, before hours depend on it.
 
     Args:
-        answers_of: a row without its image columns -> its lists of accepted answers.
+        questions_of: a row without its image columns -> its questions, each with its accepted answers.
         advice: what to do, for the message.
 
     Raises:
         UserError: with the place of the first row without answers.
     """
-    images = [name for name in rows.columns if name in ("image", "images")]
-    for index, row in enumerate(rows.table.remove_columns(images)):
-        answers = answers_of(row)
-        if not answers or not all(accepted and all(accepted) for accepted in answers):
+    for index, row in enumerate(rows.without_images()):
+        questions = questions_of(row)
+        if not questions or not all(accepted and all(accepted) for _, accepted in questions):
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
 
 
@@ -211,6 +215,14 @@ def split_off_first(rows: Rows, count: int) -> tuple[Rows, Rows]:
     if len(rows) <= count:
         raise UserError(f"{rows.source} has {len(rows)} rows; the first {count} are for evaluation: none to train on")
     return rows.select(range(count, len(rows))), rows.select(range(count))
+
+
+def number_questions(rows: Rows, each: bool) -> list[tuple[int, int | None]]:
+    """What an epoch holds, as (row, question): each of a row's `texts`, or every row once, its question None."""
+    if not each or "texts" not in rows.columns:
+        return [(row, None) for row in range(len(rows))]
+    texts = rows.table.select_columns(["texts"])
+    return [(number, question) for number, row in enumerate(texts) for question in range(len(row["texts"]))]
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -251,13 +263,68 @@ def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) 
 def path_inside(folder: Path, name: str, place: str) -> Path:
     """A file named in the data, which must lie inside the data's folder.
 
+    Where links lead does not matter: data are often kept elsewhere, and the hub's own cache is made of links.
+
     Raises:
         UserError: for a path that leaves the folder.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = Path(os.path.abspath(folder / name))
+    if not path.is_relative_to(os.path.abspath(folder)):
         raise UserError(f"{place}: the path {name} leaves the folder {folder}")
     return path
+
+
+class ImageFinder:
+    """The pictures of a folder by their names without an ending, which tells nothing about the format.
+
+    Every sub-folder is listed once.
+
+    Args:
+        folder: that the pictures may not leave.
+        inside: its sub-folders where the names may begin, in order.
+    """
+
+    def __init__(self, folder: Path, inside: Sequence[str] = (".",)) -> None:
+        self.folder, self.inside = folder, inside
+        self._listed: dict[Path, dict[str, Path]] = {}
+
+    def find(self, name: str, place: str) -> Path | None:
+        """The file `<folder>/<inside>/<name>.*`, of several the first by name; None where there is none.
+
+        Raises:
+            UserError: for a path that leaves the folder.
+        """
+        for inside in self.inside:
+            path = path_inside(self.folder, f"{inside}/{name}", place)
+            if path.parent not in self._listed:
+                files = sorted(path.parent.iterdir(), reverse=True) if path.parent.is_dir() else []
+                self._listed[path.parent] = {file.stem: file for file in files}
+            if path.name in self._listed[path.parent]:
+                return self._listed[path.parent][path.name]
+        return None
+
+
+def report_missing(file: Path, missing: Sequence[Any], skip: bool | None = None) -> None:
+    """Tell of examples whose images are missing.
+
+    Args:
+        file: that names them.
+        missing: the examples' ids.
+        skip: whether the user wants to go on without them (`--skip_missing`); None where that is not offered.
+
+    Raises:
+        UserError: unless there are none, or they are to be skipped.
+    """
+    if not missing:
+        return
+    which = f"{len(missing)} examples of {file} whose images are missing: " + ", ".join(map(str, missing[:10]))
+    if len(missing) > 10:
+        which += f" and {len(missing) - 10} more"
+    if not skip:
+        remedy = "fetch the images again" + ("" if skip is None else ", or add --skip_missing to leave them out")
+        raise UserError(f"there are {which}; {remedy}")
+    if is_first_process():
+        print(f"left out {which}", flush=True)
 
 
 class ExampleKey(NamedTuple):

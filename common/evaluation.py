@@ -1,4 +1,4 @@
-"""Sharded, batched greedy generation, gathered in order; the `eval_*.json` files."""
+"""Sharded, batched greedy generation, gathered in order; what an evaluation writes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from tqdm import tqdm
 
 from .collation import Example, collate, encode_example
 from .data import loader_context
-from .errors import is_first_process
+from .errors import UserError, is_first_process
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 
@@ -77,6 +79,9 @@ def generate_answers(
 
     Returns:
         `count` answers.
+
+    Raises:
+        UserError: candidates whose first tokens are the same.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, count, world)
@@ -91,6 +96,8 @@ def generate_answers(
     was_training = model.training
     model.eval()
     first_tokens = [processor.tokenizer(one, add_special_tokens=False).input_ids[0] for one in candidates]
+    if len(set(first_tokens)) < len(first_tokens):
+        raise UserError(f"the answers {candidates} begin with the same token: their probabilities cannot be told apart")
     answers: list[Generated] = []
     with _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
         for batch in loader:
@@ -138,7 +145,7 @@ def _gather_in_order(answers: list[Generated], world: int) -> list[Generated]:
 
 
 def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-    """Write one evaluation on the first process: the totals and every example.
+    """Write one evaluation on the first process: the totals, `num_examples` and every example.
 
     The file is written beside and renamed, so that it is whole or absent.
     """
@@ -146,6 +153,24 @@ def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")
-    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **totals, "examples": list(examples)}
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **totals, "num_examples": len(examples)}
+    content["examples"] = list(examples)
     written.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(written, path)
+
+
+def write_confusion(path: Path, truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[Any]:
+    """The confusion matrix, drawn to a PNG on the first process.
+
+    Returns:
+        Counts, a row for each true label and a column for each predicted one, in the order of `labels`.
+    """
+    matrix = confusion_matrix(truth, predicted, labels=list(labels))
+    if is_first_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side = 3 + len(labels) / 2  # inches
+        figure = Figure(figsize=(side, side))
+        display = ConfusionMatrixDisplay(matrix, display_labels=labels)
+        display.plot(ax=figure.subplots(), xticks_rotation="vertical", colorbar=False)
+        figure.savefig(path, bbox_inches="tight")
+    return matrix.tolist()

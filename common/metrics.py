@@ -1,10 +1,11 @@
-"""Scores: ANLS in the official and in the recipe's variant, accuracy after normalisation."""
+"""Scores: ANLS in the official and in the recipe's variant, accuracy after normalisation, AUROC."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
+from sklearn.metrics import roc_auc_score
 
 THRESHOLD = 0.5
 
@@ -49,6 +50,16 @@ def anls_recipe(prediction: str, accepted: Sequence[str]) -> float:
 def exact_match(prediction: str, answer: str) -> float:
     """1 where both are equal after the same normalisation (white space and full stops stripped, lower case)."""
     return float(strip_answer(prediction).lower() == strip_answer(answer).lower())
+
+
+def auroc(labels: Sequence[bool], probabilities: Sequence[float]) -> float | None:
+    """Area under the ROC curve; None where all labels are the same, for which it is not defined.
+
+    Args:
+        labels: True where the answer is yes.
+        probabilities: of yes.
+    """
+    return float(roc_auc_score(labels, probabilities)) if len(set(labels)) == 2 else None
 
 
 def strip_answer(text: str) -> str:

@@ -1,6 +1,7 @@
 """Reading rows: every layout and every way to store it; each fault an error that names its place."""
 
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,7 +10,16 @@ from PIL import Image
 
 import finetune_hf_trainer_docvqa as docvqa
 from common.collation import Example, Turn
-from common.data import ExampleDataset, ExampleKey, check_answers, decode_image, load_rows
+from common.data import (
+    ExampleDataset,
+    ExampleKey,
+    ImageFinder,
+    check_answers,
+    decode_image,
+    load_rows,
+    path_inside,
+    report_missing,
+)
 from common.errors import UserError
 
 
@@ -77,6 +87,10 @@ def load(folder, split="train"):
     return load_rows(str(folder), split, docvqa.LAYOUTS, "--train_data")
 
 
+def page(rows, index):
+    return docvqa.ask(rows, index, "?").turns[0].images[0]
+
+
 @pytest.mark.parametrize("table", [mini(3), cauldron([1, 3]), official(2)], ids=["mini", "cauldron", "official"])
 @pytest.mark.parametrize("storage", ["parquet_folder", "parquet_file", "hub_folder", "saved", "saved_dict"])
 def test_every_layout_in_every_storage(tmp_path, table, storage):
@@ -98,7 +112,7 @@ def test_every_layout_in_every_storage(tmp_path, table, storage):
         expected = table[index]
         assert docvqa.questions(rows[index]) == docvqa.questions(expected)
         original = expected["images"][0] if "images" in expected else expected["image"]
-        assert np.array_equal(np.asarray(docvqa.page(rows, index)), np.asarray(original))
+        assert np.array_equal(np.asarray(page(rows, index)), np.asarray(original))
 
 
 def test_prompts_of_the_layouts():
@@ -141,8 +155,8 @@ def test_row_without_answers(tmp_path, answers):
     rows = [{**row, "answers": answers if k == 1 else ["a"]} for k, row in enumerate(mini(3))]
     datasets.Dataset.from_list(rows, features=mini(1).features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="split train, row 1 has no answer: leave it out"):
-        check_answers(load(tmp_path), docvqa.answers, "leave it out")
-    check_answers(load(tmp_path).select([0, 2]), docvqa.answers, "leave it out")
+        check_answers(load(tmp_path), docvqa.questions, "leave it out")
+    check_answers(load(tmp_path).select([0, 2]), docvqa.questions, "leave it out")
 
 
 def test_unknown_columns(tmp_path):
@@ -205,9 +219,9 @@ def test_undecodable_image_names_data_set_split_and_row(tmp_path):
     ]
     datasets.Dataset.from_list(rows, features=mini(1).features).to_parquet(tmp_path / "train.parquet")
     loaded = load(tmp_path)
-    docvqa.page(loaded, 1)
+    page(loaded, 1)
     with pytest.raises(UserError, match=rf"{tmp_path}, split train, row 2: the image \(11 bytes\) cannot be decoded"):
-        docvqa.page(loaded, 2)
+        page(loaded, 2)
 
 
 def test_decode_image_faults():
@@ -219,6 +233,58 @@ def test_decode_image_faults():
     for content in (b"", b"GIF89a", buffer.getvalue()[:500]):
         with pytest.raises(UserError, match=r"here: the image .* cannot be decoded"):
             decode_image({"bytes": content}, "here")
+
+
+def test_undecodable_file_is_named(tmp_path):
+    (tmp_path / "page.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=rf"^row 3: the image {tmp_path}/page.png cannot be decoded"):
+        decode_image({"bytes": None, "path": str(tmp_path / "page.png")}, "row 3")
+
+
+def test_path_inside(tmp_path, monkeypatch):
+    """A path must not lead out of its folder; a link may, as in the hub's cache and where data are kept elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
+    assert path_inside(tmp_path / "data", "images/a.png", "here") == tmp_path / "data" / "images" / "a.png"
+    assert path_inside(tmp_path / "data", "images/../a.png", "here") == tmp_path / "data" / "a.png"
+    monkeypatch.chdir(tmp_path / "data")
+    for folder in (tmp_path / "data", Path("."), Path("../data")):
+        for name in ("../a.png", "images/../../a.png", "/etc/passwd", "../data2/a.png"):
+            with pytest.raises(UserError, match=r"here: the path .* leaves the folder"):
+                path_inside(folder, name, "here")
+
+
+def test_image_finder(tmp_path):
+    """The ending is not asked for; the folders are looked through in order; nothing is found by half a name."""
+    for name in ("images/dev/a-1.jpg", "images/dev/a-1.png", "dev/a-1.gif", "dev/b.1.jpeg", "images/dev/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    finder = ImageFinder(tmp_path, inside=("images", "."))
+    found = {name: finder.find(f"dev/{name}", "here") for name in ("a-1", "b.1", "c", "a", "d")}
+    assert found == {
+        "a-1": tmp_path / "images/dev/a-1.jpg",
+        "b.1": tmp_path / "dev/b.1.jpeg",
+        "c": tmp_path / "images/dev/c",
+        "a": None,
+        "d": None,
+    }
+    assert finder.find("train/0/a-1", "here") is None
+    with pytest.raises(UserError, match=r"here: the path .* leaves the folder"):
+        finder.find("../../a", "here")
+
+
+def test_missing_images_are_told(tmp_path, capsys):
+    report_missing(tmp_path, [])
+    with pytest.raises(
+        UserError, match=r"12 examples of f.json whose .* missing: 0, 1, .*, 9 and 2 more; fetch .* again$"
+    ):
+        report_missing(Path("f.json"), range(12))
+    with pytest.raises(UserError, match=r"1 examples of f.json whose .* missing: a; .*, or add --skip_missing"):
+        report_missing(Path("f.json"), ["a"], skip=False)
+    assert capsys.readouterr().out == ""
+    report_missing(Path("f.json"), ["a"], skip=True)
+    assert capsys.readouterr().out == "left out 1 examples of f.json whose images are missing: a\n"
 
 
 def test_user_error_from_a_worker_keeps_its_message_only():

@@ -21,7 +21,9 @@ def picture(seed):
 
 
 def options_for(folder, **values):
-    return argparse.Namespace(**{"data_dir": str(folder), "eval_file": "dev_seen.jsonl", "eval_limit": None, **values})
+    return argparse.Namespace(
+        **{"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False, **values}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def test_original_challenge(challenge):
     train_rows, eval_rows = memes.load_data(options_for(challenge))
     assert (len(train_rows), len(eval_rows)) == (6, 4)
     turn = memes.make_example(eval_rows, 1).turns[0]
+    # shared/recipe: picture and question only; the file's "text 7" is not told
     assert turn.user == "<|image_1|>\nIs this meme hateful? Answer yes or no."
     assert turn.assistant == "Yes"
     assert np.array_equal(np.asarray(turn.images[0]), np.asarray(picture(7)))
@@ -98,13 +101,25 @@ def test_faults_in_the_challenge_files(challenge, line, message):
         memes.load_data(options_for(challenge))
 
 
-def test_missing_picture_and_missing_file(challenge):
-    (challenge / "img" / "00006.png").unlink()
+def test_pictures_that_are_missing_or_broken(challenge):
+    (challenge / "img" / "00007.png").write_bytes(b"no picture")
     rows = memes.load_data(options_for(challenge))[1]
-    with pytest.raises(UserError, match=r"split dev_seen, row 0: the image .*cannot be decoded"):
-        memes.make_example(rows, 0)
+    with pytest.raises(UserError, match=r"split dev_seen, row 1: the image .*/img/00007.png cannot be decoded"):
+        memes.make_example(rows, 1)
+    for name in ("00006.png", "00008.png"):
+        (challenge / "img" / name).unlink()
+    with pytest.raises(UserError, match=r"2 examples of .*/dev_seen.jsonl whose images are missing: 6, 8; fetch"):
+        memes.load_data(options_for(challenge))
+
+
+def test_which_files_are_read(challenge, cauldron):
     with pytest.raises(UserError, match=r"test_seen.jsonl cannot be read: No such file"):
         memes.load_data(options_for(challenge, eval_file="test_seen.jsonl"))
+    with pytest.raises(UserError, match=r"dev_seen.jsonl cannot be read: No such file"):  # not passed over in silence
+        memes.load_data(options_for(cauldron, eval_file="dev_seen.jsonl"))
+    (challenge / "train.jsonl").unlink()
+    train_rows, eval_rows = memes.load_data(options_for(challenge, eval_only=True, eval_file="dev_unseen.jsonl"))
+    assert (train_rows, len(eval_rows)) == (None, 2)  # an evaluation needs no training data
 
 
 def evaluate_with(monkeypatch, rows, answers, folder):
@@ -129,16 +144,17 @@ def test_accuracy_and_auroc(monkeypatch, challenge, tmp_path):
     ]
     totals, asked = evaluate_with(monkeypatch, rows, answers, tmp_path / "out")
     assert totals == {"accuracy": 0.5, "auroc": 0.75}
-    assert asked["candidates"] == ("No", "Yes")
+    assert list(asked["candidates"]) == ["No", "Yes"]
     stored = read_evaluation(tmp_path / "out", "eval_x")
     assert [one["probability_yes"] for one in stored["examples"]] == pytest.approx([0.25, 0.8, 0.6, 0.5])
     assert stored["num_examples"] == 4
+    assert [one["id"] for one in stored["examples"]] == ["6", "7", "8", "9"]  # the challenge's own
 
 
 def test_candidates_are_written_as_in_the_data(monkeypatch, cauldron, tmp_path):
     rows = memes.load_data(options_for(cauldron, eval_limit=2))[1]
     _, asked = evaluate_with(monkeypatch, rows, [Generated("x", (0.0, 0.0))] * 2, tmp_path)
-    assert asked["candidates"] == ("No.", "Yes.")
+    assert list(asked["candidates"]) == ["No.", "Yes."]
 
 
 def test_one_class_has_no_auroc(monkeypatch, cauldron, tmp_path):

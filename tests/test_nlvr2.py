@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 import finetune_hf_trainer_nlvr2 as nlvr2
+from common.data import number_questions
 from common.demo import CHECKPOINT
 from common.errors import UserError
+from common.evaluation import Generated
 from tests.launch import read_evaluation, read_log, run_script
 
 
@@ -19,7 +21,8 @@ def picture(seed):
 
 
 def options_for(folder, **values):
-    options = {"data_dir": str(folder), "eval_limit": None, "separate_questions": False, "skip_missing": False}
+    options = {"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False}
+    options |= {"separate_questions": False, "skip_missing": False}
     return argparse.Namespace(**{**options, **values})
 
 
@@ -45,10 +48,11 @@ def cauldron(tmp_path_factory):
 
 @pytest.fixture(params=["images", "."])
 def original(tmp_path, request):
-    """The original files: two training pairs in numbered sub-folders, one of three sentences; one dev pair."""
+    """The original files: two training pairs in numbered sub-folders, one of three sentences; a dev and a test pair."""
     root = tmp_path / request.param
-    records = {"train": [], "dev": []}
+    records = {"train": [], "dev": [], "test1": []}
     pairs = (("train", "train-10-0", 3, 57), ("train", "train-11-1", 1, 58), ("dev", "dev-850-0", 2, None))
+    pairs += (("test1", "test1-0-1", 1, None),)
     for number, (split, pair, sentences, directory) in enumerate(pairs):
         folder = root / split / str(directory) if directory else root / split
         folder.mkdir(parents=True)
@@ -77,7 +81,7 @@ def test_the_cauldron_is_split_as_published(cauldron):
 
 def test_further_questions_are_further_turns(cauldron):
     train_rows, _ = nlvr2.load_data(options_for(cauldron))
-    numbers = nlvr2.number_examples(train_rows, options_for(cauldron))
+    numbers = number_questions(train_rows, each=False)
     assert len(numbers) == 12
     turns = nlvr2.make_example(train_rows, numbers, 0).turns  # row 500: 500 % 3 = 2, so three questions
     assert [turn.user for turn in turns] == ["<|image_1|><|image_2|>\nQ500.0", "Q500.1", "Q500.2"]
@@ -90,7 +94,7 @@ def test_further_questions_are_further_turns(cauldron):
 def test_separate_questions(cauldron):
     options = options_for(cauldron, separate_questions=True)
     train_rows, _ = nlvr2.load_data(options)
-    numbers = nlvr2.number_examples(train_rows, options)
+    numbers = number_questions(train_rows, each=True)
     assert len(numbers) == sum(1 + k % 3 for k in range(500, 512))
     users = [nlvr2.make_example(train_rows, numbers, index).turns for index in range(3)]
     assert [[turn.user for turn in turns] for turns in users] == [
@@ -100,7 +104,7 @@ def test_separate_questions(cauldron):
 
 def test_original_files(original):
     train_rows, eval_rows = nlvr2.load_data(options_for(original))
-    assert (len(train_rows), len(eval_rows)) == (2, 1)
+    assert (len(train_rows), len(eval_rows)) == (2, 2)  # pairs to train on, sentences to evaluate on
     turns = nlvr2.make_example(train_rows, [(0, None)], 0).turns
     assert [turn.user for turn in turns] == [
         "<|image_1|><|image_2|>\nS train-10-0 0. Is this statement true? Answer yes or no.",
@@ -111,14 +115,48 @@ def test_original_files(original):
     assert [image.size for image in turns[0].images] == [(32, 24)] * 2
 
 
+def test_every_sentence_of_the_original_files_is_evaluated(original, monkeypatch, tmp_path):
+    """Each is an example with its own identifier; the_cauldron's rows, as published, are asked their first question."""
+    _, eval_rows = nlvr2.load_data(options_for(original))
+    asked = []
+
+    def generate_answers(model, processor, count, make_example, options, title):
+        asked.extend(make_example(index).turns for index in range(count))
+        return [Generated("Yes"), Generated("yes.")]
+
+    monkeypatch.setattr(nlvr2, "generate_answers", generate_answers)
+    totals = nlvr2.evaluate(None, None, eval_rows, argparse.Namespace(output_dir=tmp_path / "out"), "eval_x")
+    assert [turns[0].user.split(" Is")[0] for turns in asked] == [
+        f"<|image_1|><|image_2|>\nS dev-850-0 {sentence}." for sentence in (0, 1)
+    ]
+    assert [len(turns) for turns in asked] == [1, 1]
+    assert totals == {"accuracy": 0.5}
+    examples = read_evaluation(tmp_path / "out", "eval_x")["examples"]
+    assert [one["id"] for one in examples] == ["dev-850-0-0", "dev-850-0-1"]
+    assert [(one["answers"], one["correct"]) for one in examples] == [(["Yes"], 1.0), (["No"], 0.0)]
+
+
+def test_another_file_to_evaluate_on(original, cauldron):
+    """The identifiers tell the folder of the pictures, so the balanced subsets of the original repository work too."""
+    test1 = nlvr2.load_data(options_for(original, eval_file="test1.json"))[1]
+    assert [row["id"] for row in test1.without_images()] == ["test1-0-1-0"]
+    (original / "balanced_dev.json").write_text((original / "dev.json").read_text().splitlines()[1] + "\n")
+    (original / "train.json").unlink()
+    train_rows, rows = nlvr2.load_data(options_for(original, eval_file="balanced_dev.json", eval_only=True))
+    assert (train_rows, [row["id"] for row in rows.without_images()]) == (None, ["dev-850-0-1"])
+    assert nlvr2.make_example(rows, [(0, 0)], 0).turns[0].images[0].size == (32, 24)
+    with pytest.raises(UserError, match=r"dev.json cannot be read: No such file"):  # not passed over in silence
+        nlvr2.load_data(options_for(cauldron, eval_file="dev.json"))
+
+
 def test_missing_image(original, capsys):
     for file in original.rglob("train-11-1-img1.png"):
         file.unlink()
-    with pytest.raises(UserError, match=r"train.json, line 4: an image of train-11-1-0 is missing; add --skip_missing"):
+    with pytest.raises(UserError, match=r"1 examples of .*/train.json whose .*: train-11-1-0; .*add --skip_missing"):
         nlvr2.load_data(options_for(original))
     train_rows, _ = nlvr2.load_data(options_for(original, skip_missing=True))
     assert len(train_rows) == 1
-    assert "train.json: left out 1 examples whose images are missing" in capsys.readouterr().out
+    assert "left out 1 examples of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
