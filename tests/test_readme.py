@@ -257,7 +257,7 @@ def test_make(command, tmp_path):
     """In a copy of the repository, with an environment whose `python` and `torchrun` add what shortens a run."""
     copy = tmp_path / "repository"
     kept_out = shutil.ignore_patterns(
-        ".venv", ".git", "demo_data*", "demo_output*", "output", "__pycache__", ".*_cache"
+        ".venv", ".git", "demo_runs", "demo_data*", "demo_output*", "output", "__pycache__", ".*_cache"
     )
     shutil.copytree(REPOSITORY, copy, ignore=kept_out)
     binaries = copy / "venv" / "bin"
@@ -266,7 +266,7 @@ def test_make(command, tmp_path):
     wrappers = {
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@" {shorter}',
         "python": f"""case "$*" in
-  "-m common.demo data "*) exec {sys.executable} "$@" --train_pages 12 --test_pages 4 ;;
+  "-m common.demo data "*) exec {sys.executable} "$@" --train_pages 64 ;;
   finetune_*) exec {sys.executable} "$@" {shorter} ;;
   *) exec {sys.executable} "$@" ;;
 esac""",
@@ -288,7 +288,7 @@ esac""",
     )
     assert ended.returncode == 0, ended.stdout[-3000:]
     if "demo" in command:
-        assert list(copy.glob("*/eval_after.json")), ended.stdout[-3000:]
+        assert list(copy.rglob("eval_after.json")), ended.stdout[-3000:]
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in REPOSITORY.glob("finetune_hf_trainer_*.py")))
