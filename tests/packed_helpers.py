@@ -1,7 +1,7 @@
 """Encoded examples of random ids and pixels, and the gradients of a packed batch beside those of its examples alone.
 
 The model is the tiny one with a small vocabulary and a rope threshold of 400 positions instead of 4,096.
-A picture of one sub-image has 313 tokens, one of two 469.
+A picture of one sub-image has 313 tokens, one of two 457.
 """
 
 from __future__ import annotations

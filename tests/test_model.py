@@ -537,7 +537,7 @@ def test_frozen_tower_keeps_nothing_for_the_backward_pass(frozen: bool) -> None:
 def test_crops_per_call(most: int) -> None:
     """However many crops the tower takes at once: the same gradients (float64, so that 1e-12 is rounding)."""
     model = tiny_model("sdpa", **SMALL).double()
-    row = make_row(54, 650, (1, 2), (1, 1))
+    row = make_row(54, 800, (1, 2), (1, 1))
     labels = make_labels(row, 5)
     calls = tower_calls(model)
     wanted = gradients_of(model, row, labels)

@@ -20,10 +20,12 @@ from common.phi3v.masks import (
     SHARED,
     attention_for_packing,
     block_mask,
+    compiled_create_block_mask,
     dense_mask,
     document_bounds,
     document_ids,
     document_lengths,
+    visibility,
 )
 from common.phi3v.stock import enable_activation_checkpointing, find_fused_cross_entropy
 from tests.model_helpers import picture
@@ -184,6 +186,17 @@ def test_block_mask_is_the_dense_mask() -> None:
     assert blocks.sparsity() > 80  # percent left out, of a mask whose upper half alone is 50
     places = torch.arange(len(dense))
     assert torch.equal(blocks.mask_mod(0, 0, places[:, None], places), dense)
+
+
+@pytest.mark.long  # compiling takes a quarter of a minute
+def test_compiled_block_mask_is_the_uncompiled_one() -> None:
+    """As on CUDA, for packs of different lengths and descriptions in turn."""
+    for groups in (GROUPS[:1], GROUPS[:2], GROUPS[2:], GROUPS):
+        batch = pack(shared(groups))
+        positions, branches = batch["position_ids"], batch["branch_ids"]
+        sizes = {"B": 1, "H": None, "Q_LEN": positions.shape[1], "KV_LEN": positions.shape[1], "device": "cpu"}
+        compiled = compiled_create_block_mask()(visibility(positions, branches), **sizes)
+        assert torch.equal(compiled.to_dense(), block_mask(positions, branches).to_dense())
 
 
 @pytest.mark.long  # compiling its kernels takes most of a minute

@@ -16,6 +16,7 @@ Notation used for tensor shapes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,15 +64,15 @@ def dense_mask(position_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Te
 def block_mask(position_ids: torch.Tensor, branch_ids: torch.Tensor) -> BlockMask:
     """The same for FlexAttention, which skips the blocks where nothing is seen."""
     rows, length = position_ids.shape
-    return create_block_mask(
-        visibility(position_ids, branch_ids),
-        B=rows,
-        H=None,
-        Q_LEN=length,
-        KV_LEN=length,
-        device=position_ids.device,
-        _compile=position_ids.is_cuda,  # uncompiled it would make every pair's entry first
-    )
+    create = compiled_create_block_mask() if position_ids.is_cuda else create_block_mask
+    rule = visibility(position_ids, branch_ids)
+    return create(rule, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=str(position_ids.device))
+
+
+@functools.cache
+def compiled_create_block_mask() -> Callable[..., BlockMask]:
+    """Compiled, it needs no memory for every pair of positions, as it does otherwise."""
+    return torch.compile(create_block_mask)
 
 
 def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
