@@ -7,6 +7,7 @@ which checks every option before anything is loaded.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import tempfile
@@ -22,6 +23,13 @@ from .errors import UserError, is_first_process, raise_all
 
 MAX_NUM_CROPS = 16
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
+
+# Learning rates of parts of the model: the tower; the projection and the separators.
+PART_LEARNING_RATES = ("vision_learning_rate", "projector_learning_rate")
+
+# Options that name a hub id or a path, and those that name a path only.
+SOURCES = ("data_dir", "train_data", "eval_data", "model_name_or_path")
+PATHS = (*SOURCES, "output_dir", "deepspeed")
 
 # What a run leaves in its output folder; one of them there means that another run has used it.
 RUN_FILES = (
@@ -52,57 +60,91 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         description: of the script, for `--help`.
         num_crops: the script's default for `--num_crops`.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="torchrun --nproc_per_node=<GPUs> %(prog)s [options]",
+        description=description,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),  # one line an option
+        allow_abbrev=False,
+    )
     model = parser.add_argument_group("model and method")
     model.add_argument(
-        "--model_name_or_path", default="microsoft/Phi-3.5-vision-instruct", help="hub id or folder (%(default)s)"
+        "--model_name_or_path",
+        default="microsoft/Phi-3.5-vision-instruct",
+        metavar="NAME",
+        help="hub id or folder, also of an adapter (%(default)s)",
     )
     model.add_argument("--use_lora", action="store_true", help="train low-rank adapters instead of the weights")
     model.add_argument("--use_qlora", action="store_true", help="adapters over weights quantised to NF4")
-    model.add_argument("--lora_rank", type=int, default=64, help="(%(default)s)")
-    model.add_argument("--lora_alpha_ratio", type=float, default=2, help="alpha is rank x ratio (%(default)s)")
-    model.add_argument("--lora_dropout", type=float, default=0.0, help="(%(default)s)")
+    model.add_argument("--lora_rank", type=int, default=64, metavar="N", help="(%(default)s)")
+    model.add_argument(
+        "--lora_alpha_ratio", type=float, default=2, metavar="X", help="alpha is rank x ratio (%(default)s)"
+    )
+    model.add_argument("--lora_dropout", type=float, default=0.0, metavar="X", help="(%(default)s)")
     model.add_argument(
         "--freeze_vision_model",
         action="store_true",
-        help="train the decoder only: tower, projection, separators and token embeddings stay",
+        help="leave tower, projection, separators and token embeddings as they are",
     )
     model.add_argument("--bf16", action="store_true", help="bfloat16 (else float16 on CUDA, float32 on CPU)")
     model.add_argument(
         "--use_flash_attention", action="store_true", help="flash-attn where installed, else PyTorch's flash kernel"
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", help="a local copy of the data, instead of the hub")
+    data.add_argument("--data_dir", metavar="DIR", help="a local copy of the data, instead of the hub")
     data.add_argument(
-        "--num_crops", type=int, default=num_crops, help="most sub-images per picture, 1 to 16 (%(default)s)"
+        "--num_crops",
+        type=int,
+        default=num_crops,
+        metavar="N",
+        help=f"most sub-images per picture, 1 to {MAX_NUM_CROPS} (%(default)s)",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", default="./output/", help="(%(default)s)")
-    training.add_argument("--batch_size", type=int, default=16, help="examples per step, all GPUs (%(default)s)")
-    training.add_argument("--batch_size_per_gpu", type=int, default=1, help="examples at once on a GPU (%(default)s)")
-    training.add_argument("--num_train_epochs", type=int, default=1, help="(%(default)s)")
-    training.add_argument("--max_steps", type=int, help="stop after so many steps, whatever the epochs")
-    training.add_argument("--learning_rate", type=float, default=4e-5, help="the peak (%(default)s)")
-    training.add_argument("--warmup_steps", type=int, default=50, help="steps to reach the peak (%(default)s)")
-    training.add_argument("--wd", type=float, default=0.01, help="weight decay (%(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="of data order, draws and adapters (%(default)s)")
+    training.add_argument("--output_dir", default="./output/", metavar="DIR", help="(%(default)s)")
     training.add_argument(
+        "--batch_size", type=int, default=16, metavar="N", help="examples per step, all GPUs (%(default)s)"
+    )
+    training.add_argument(
+        "--batch_size_per_gpu", type=int, default=1, metavar="N", help="examples at once on a GPU (%(default)s)"
+    )
+    training.add_argument("--num_train_epochs", type=int, default=1, metavar="N", help="(%(default)s)")
+    training.add_argument("--max_steps", type=int, metavar="N", help="stop after so many steps, whatever the epochs")
+    training.add_argument("--learning_rate", type=float, default=4e-5, metavar="X", help="the peak (%(default)s)")
+    training.add_argument(
+        "--warmup_steps", type=int, default=50, metavar="N", help="steps to reach the peak (%(default)s)"
+    )
+    training.add_argument("--wd", type=float, default=0.01, metavar="X", help="weight decay (%(default)s)")
+    training.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of data order, draws and adapters (%(default)s)"
+    )
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
+    evaluation.add_argument("--eval_steps", type=int, metavar="N", help="also evaluate every so many steps")
+    evaluation.add_argument("--eval_limit", type=int, metavar="N", help="evaluate the first so many examples only")
+    rare = parser.add_argument_group("rarely needed")
+    rare.add_argument(
+        "--vision_learning_rate", type=float, metavar="X", help="the tower's peak, instead of --learning_rate"
+    )
+    rare.add_argument(
+        "--projector_learning_rate", type=float, metavar="X", help="the projection's and separators' peak"
+    )
+    rare.add_argument(
         "--no-gradient_checkpointing",
         dest="gradient_checkpointing",
         action="store_false",
         help="keep all activations: faster, more memory",
     )
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
-    evaluation.add_argument("--eval_steps", type=int, help="also evaluate every so many steps")
-    evaluation.add_argument("--eval_limit", type=int, help="evaluate the first so many examples only")
-    rare = parser.add_argument_group("rarely needed")
-    rare.add_argument("--eval_batch_size_per_gpu", type=int, default=4, help="prompts generated at once (%(default)s)")
+    rare.add_argument("--deepspeed", metavar="JSON", help=f"configuration of full fine-tuning ({DEEPSPEED})")
     rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
-    rare.add_argument("--deepspeed", help=f"JSON file, for full fine-tuning ({DEEPSPEED})")
-    rare.add_argument("--report_to", default="none", help="tensorboard, wandb, trackio: by comma (%(default)s)")
-    rare.add_argument("--num_workers", type=int, default=4, help="loader processes per GPU (%(default)s)")
-    rare.add_argument("--logging_steps", type=int, default=10, help="steps between two lines of the log (%(default)s)")
+    rare.add_argument(
+        "--eval_batch_size_per_gpu", type=int, default=4, metavar="N", help="prompts generated at once (%(default)s)"
+    )
+    rare.add_argument("--num_workers", type=int, default=4, metavar="N", help="loader processes per GPU (%(default)s)")
+    rare.add_argument(
+        "--logging_steps", type=int, default=10, metavar="N", help="steps between two lines of the log (%(default)s)"
+    )
+    rare.add_argument(
+        "--report_to", default="none", metavar="NAMES", help="tensorboard, wandb, trackio: by comma (%(default)s)"
+    )
     rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
     return parser
 
@@ -129,6 +171,9 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.method = _method(options)
     options.precision = choose_precision(options)
+    for name in PATHS:  # a shell leaves the ~ of --data_dir=~/pages as it is
+        if getattr(options, name, None):
+            setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
     problems = _number_problems(options) + _attention_problems(options) + _file_problems(options)
     raise_all(problems)
@@ -179,11 +224,15 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: it must be at least 1")
     for name in ("warmup_steps", "wd", "num_workers", "seed"):
-        if getattr(options, name) < 0:
+        if not 0 <= getattr(options, name) < float("inf"):
             problems.append(f"--{name} {getattr(options, name)}: it must not be negative")
-    for name in ("learning_rate", "lora_alpha_ratio"):
-        if not 0 < getattr(options, name) < float("inf"):
-            problems.append(f"--{name} {getattr(options, name)}: it must be above 0")
+    for name in ("learning_rate", "lora_alpha_ratio", *PART_LEARNING_RATES):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"--{name} {value}: it must be above 0")
+    if options.freeze_vision_model:
+        given = [f"--{name}" for name in PART_LEARNING_RATES if getattr(options, name) is not None]
+        problems += [f"{name} is of what --freeze_vision_model does not train: leave one of them out" for name in given]
     if options.lora_rank > 0 and 0 < options.lora_alpha_ratio < float("inf"):
         alpha = round(options.lora_rank * options.lora_alpha_ratio)
         if alpha < 1:
@@ -225,10 +274,10 @@ def _attention_problems(options: argparse.Namespace) -> list[str]:
 
 def _file_problems(options: argparse.Namespace) -> list[str]:
     problems = []
-    for name in ("data_dir", "train_data", "eval_data", "model_name_or_path"):
+    for name in SOURCES:
         value = getattr(options, name, None)
         # a hub id has at most one slash and is no path
-        if value and not Path(value).expanduser().exists() and (value.count("/") > 1 or value[0] in "./~"):
+        if value and not Path(value).exists() and (value.count("/") > 1 or value[0] in "./~"):
             problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
     if options.eval_only or options.method not in ("full", "frozen"):
         if options.deepspeed:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
+from .data import one_line
 from .errors import UserError
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import enable_activation_checkpointing, find_file
@@ -131,8 +133,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         options: `precision`, `attention`, `device` and `use_qlora` (the base's weights in NF4) count.
 
     Raises:
-        UserError: see `find_adapter`.
-        ValueError: missing or unexpected weights.
+        UserError: see `find_adapter`; weights that are missing, not expected or cannot be read.
     """
     adapter_base = base_of_adapter(name_or_path)
     base = adapter_base or str(name_or_path)
@@ -148,7 +149,10 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
             bnb_4bit_compute_dtype=options.precision.autocast or options.precision.weights,
         )
         arguments["device_map"] = {"": options.device}
-    model = Phi3VForCausalLM.from_pretrained(base, **arguments)
+    try:
+        model = Phi3VForCausalLM.from_pretrained(base, **arguments)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--model_name_or_path {base} cannot be loaded: {one_line(error)}") from error
     if options.use_qlora:
         _keep_gradients_after_evaluation(model)
     else:

@@ -29,7 +29,7 @@ from .cli import deepspeed_file, files_of_run
 from .collation import collate
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process
-from .phi3v import Phi3VConfig, Phi3VProcessor
+from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 
 SHARED_MARK = ".seen_by_every_process"
 
@@ -189,13 +189,54 @@ class _EpochLoader(torch.utils.data.DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+def rate_of(name: str, options: argparse.Namespace) -> str:
+    """The option that holds a parameter's learning rate, by the parameter's name (an adapter's too)."""
+    _, is_vision, inner = name.partition("vision_embed_tokens.")
+    option = "vision_learning_rate" if inner.startswith("img_processor.") else "projector_learning_rate"
+    return option if is_vision and getattr(options, option) is not None else "learning_rate"
+
+
 class RecipeTrainer(Trainer):
-    """transformers' Trainer with this recipe's batches, and speed and memory in its log."""
+    """transformers' Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
     def __init__(self, *, options: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.options = options
+        self.rates: dict[str, float] = {}
         self.start_counting()
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, each of its parameter groups (with and without weight decay) divided by rate.
+
+        The scheduler multiplies every group's own rate; without the options the groups are the Trainer's.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((rate_of(name, self.options), name in decayed), []).append(parameter)
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": groups[rate, decays],
+                        "lr": getattr(self.options, rate),
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        "rate": rate,
+                    }
+                    for rate, decays in sorted(groups, key=lambda key: (key[0] != "learning_rate", key[0], not key[1]))
+                ],
+                **arguments,
+            )
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Asked by the Trainer between a step and the scheduler's: note what the step's other rates were."""
+        groups = self.optimizer.param_groups
+        self.rates = {group["rate"]: group["lr"] for group in groups if group["rate"] != "learning_rate"}
+        return super()._get_learning_rate()
 
     def start_counting(self) -> None:
         """Begin a new stretch of the log."""
@@ -243,6 +284,7 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add examples and tokens per second of all processes, and the largest peak of memory in GB."""
         if "loss" in logs:
+            logs |= self.rates
             elapsed = time.perf_counter() - self._since
             counts = torch.tensor([self._examples, self._tokens], dtype=torch.float64, device=self.args.device)
             peak = torch.tensor(memory_peak(), dtype=torch.float64, device=self.args.device)
@@ -266,6 +308,29 @@ def memory_peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def run_vision_without_pictures(model: torch.nn.Module) -> None:
+    """Let a training step on text alone add 0 times the features of a blank picture to the token embeddings.
+
+    DDP and DeepSpeed wait for every trained parameter's gradient on every process, whatever one's
+    examples hold. Under ZeRO-3 every process must also run the same modules in the same order, so
+    this is called when the engine has placed its own hooks.
+    """
+
+    def with_blank_picture(decoder: Phi3VModel, arguments: tuple, keywords: dict[str, Any]) -> tuple | None:
+        if not decoder.training or keywords.get("pixel_values") is not None or keywords.get("input_ids") is None:
+            return None
+        embeddings = decoder.embed_tokens(keywords["input_ids"])
+        size = decoder.vision_embed_tokens.img_processor.vision_model.config.image_size
+        blank = torch.zeros(2, 3, size, size, device=embeddings.device)  # a global view and one sub-image
+        features = decoder.vision_embed_tokens(blank, torch.tensor([[size, size]]))
+        embeddings = embeddings + (0 * features).sum().to(embeddings.dtype)
+        return arguments, {**keywords, "input_ids": None, "inputs_embeds": embeddings}
+
+    for module in model.modules():
+        if isinstance(module, Phi3VModel):
+            module.register_forward_pre_hook(with_blank_picture, with_kwargs=True)
+
+
 class _WhileTraining(TrainerCallback):
     """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often."""
 
@@ -279,6 +344,8 @@ class _WhileTraining(TrainerCallback):
         expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
         if wrapper != expected and (self.options.num_processes > 1 or expected == "DeepSpeedEngine"):
             raise RuntimeError(f"the model is wrapped as {wrapper}; {self.options.method} training needs {expected}")
+        if not self.options.freeze_vision_model:
+            run_vision_without_pictures(self.trainer.model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.evaluate and self.options.eval_steps and state.global_step % self.options.eval_steps == 0:

@@ -1,6 +1,7 @@
 """The options: the published names and defaults, and every wrong value reported at once."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,14 @@ import pytest
 import torch
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.cli import make_parser
+import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_nlvr2 as nlvr2
+import finetune_hf_trainer_ucf101 as ucf101
+from common.cli import PART_LEARNING_RATES
 from common.errors import UserError, run
+
+ROOT = Path(docvqa.__file__).parent
+SCRIPTS = (docvqa, hateful_memes, nlvr2, ucf101)
 
 # shared by all published scripts (name, default)
 PUBLISHED = {
@@ -117,6 +124,13 @@ WRONG = [
     (("--lora_dropout", 1), "--lora_dropout 1.0: it must be at least 0 and under 1"),
     (("--learning_rate", 0), "--learning_rate 0.0: it must be above 0"),
     (("--learning_rate", "nan"), "--learning_rate nan: it must be above 0"),
+    (("--wd", "nan"), "--wd nan: it must not be negative"),
+    (("--vision_learning_rate", 0), "--vision_learning_rate 0.0: it must be above 0"),
+    (("--projector_learning_rate", "inf"), "--projector_learning_rate inf: it must be above 0"),
+    (
+        ("--freeze_vision_model", "--vision_learning_rate", "1e-5"),
+        "--vision_learning_rate is of what --freeze_vision_model does not train: leave one of them out",
+    ),
     (("--wd", -1), "--wd -1.0: it must not be negative"),
     (("--use_flash_attention",), "--use_flash_attention needs a CUDA GPU and there is none"),
     (("--data_dir", "/no/such/folder"), "--data_dir /no/such/folder: there is no such file or folder; give one"),
@@ -145,10 +159,11 @@ def test_wrong_option(monkeypatch, tmp_path, arguments, message):
 
 
 def test_all_problems_at_once(monkeypatch, tmp_path):
+    others = ("--use_flash_attention", "--freeze_vision_model", "--projector_learning_rate", "1e-5")
     with pytest.raises(UserError) as error:
-        parse(monkeypatch, tmp_path, "--num_crops", 17, "--batch_size", 6, "--use_flash_attention", processes=4)
+        parse(monkeypatch, tmp_path, "--num_crops", 17, "--batch_size", 6, *others, processes=4)
     text = str(error.value)
-    assert text.startswith("3 problems:\n")
+    assert text.startswith("4 problems:\n")
     assert "--batch_size 6 cannot be divided over 4 processes x --batch_size_per_gpu 1 = 4" in text
     assert "give a multiple of 4" in text
     assert "17" in text
@@ -161,6 +176,13 @@ def test_old_gpu(monkeypatch, tmp_path):
         parse(monkeypatch, tmp_path, "--use_flash_attention", "--bf16")
     assert "--use_flash_attention needs compute capability 8.0 (Ampere) and Some GPU has 7.0" in str(error.value)
     assert "--bf16 needs compute capability 8.0" in str(error.value)
+
+
+def test_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pages").mkdir()
+    options = parse(monkeypatch, tmp_path, "--data_dir=~/pages", "--output_dir=~/result")
+    assert (options.data_dir, options.output_dir) == (f"{tmp_path}/pages", tmp_path / "result")
 
 
 def test_used_output_folder(monkeypatch, tmp_path):
@@ -201,12 +223,18 @@ def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: what is wrong\n"  # later, nobody else has
 
 
-def test_every_option_is_read_where_it_acts():
+def parser_of(monkeypatch, script):
+    """The script's parser, its own options included."""
+    monkeypatch.setattr(script, "parse_options", lambda parser, **kwargs: parser)
+    return script.parse()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_option_is_read_where_it_acts(monkeypatch, script):
     """An option that nothing but its own check reads would be one that changes nothing."""
-    root = Path(docvqa.__file__).parent
-    files = [root / "finetune_hf_trainer_docvqa.py", *(file for file in (root / "common").glob("*.py"))]
-    read = {"report_to"}  # by TrainingArguments; `test_logs_elsewhere` shows it
-    for file in files:
+    # by TrainingArguments, as `test_logs_elsewhere` shows; by name, as `test_learning_rates_of_the_parts` shows
+    read = {"report_to", *PART_LEARNING_RATES}
+    for file in (Path(script.__file__), *(ROOT / "common").glob("*.py")):
         for function in ast.walk(ast.parse(file.read_text())):
             checks_only = isinstance(function, ast.FunctionDef) and function.name.endswith("_problems")
             if isinstance(function, ast.FunctionDef) and not checks_only:
@@ -215,15 +243,27 @@ def test_every_option_is_read_where_it_acts():
                     for node in ast.walk(function)
                     if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("options", "self.options")
                 }
-    names = {action.dest for action in make_parser("")._actions} - {"help"}
-    names |= {"full_train", "all_questions", "train_data", "eval_data", "eval_split"}
+    names = {action.dest for action in parser_of(monkeypatch, script)._actions} - {"help"}
     assert names - read == {"overwrite"}  # which only lifts a check
 
 
-def test_help_names_every_default(capsys):
-    parser = make_parser("Fine-tune.")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_is_two_screens(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 100  # two screens
-    assert "4e-05" in text
+        parser_of(monkeypatch, script).parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    assert any(re.fullmatch(r"  --learning_rate X +the peak \(4e-05\)", line) for line in lines)
+    headings = [line for line in lines if line and line[0] != " " and line.endswith(":")]
+    assert headings[-1] == "rarely needed:"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_script_is_read_once_downwards(script):
+    """At most 150 lines, the steps last; no script imports another."""
+    text = Path(script.__file__).read_text()
+    assert len(text.splitlines()) <= 150
+    functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    assert (functions[0], functions[-1]) == ("parse", "main")
+    assert "finetune_hf_trainer" not in "".join(line for line in text.splitlines() if "import" in line)

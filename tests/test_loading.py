@@ -14,6 +14,7 @@ from common.cli import Precision
 from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
+from common.training import run_vision_without_pictures
 from tests.model_helpers import tiny_model, write_stand_in_checkpoint
 
 
@@ -96,6 +97,23 @@ def test_frozen_vision_still_trains_every_decoder_layer(checkpoint):
     expected = {name for name, _ in model.named_parameters() if "embed_tokens" not in name}
     assert set(found) == expected
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_text_alone_gives_every_trained_parameter_a_gradient(checkpoint):
+    """Zero for the vision side; loss and the other gradients are those of the model as it was loaded."""
+    trained, processor = load_for_training(options_for(checkpoint))
+    loaded = load_model(str(checkpoint), options_for(checkpoint))
+    inputs = {
+        name: value for name, value in inputs_of(processor).items() if name not in ("pixel_values", "image_sizes")
+    }
+    for name in ("input_ids", "labels"):
+        inputs[name] = inputs[name].masked_fill(inputs["input_ids"] == loaded.config.image_token_id, 13)
+    run_vision_without_pictures(trained)
+    found, expected = gradients(trained, inputs), gradients(loaded, inputs)
+    assert set(found) == {name for name, p in trained.named_parameters() if p.requires_grad}
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected.get(name, torch.zeros_like(gradient))), name
+        assert ("vision_embed_tokens" in name) == (name not in expected), name
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -209,8 +227,17 @@ def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing from the checkpoint: \['model.norm.weight'\]"):
+    with pytest.raises(UserError, match=r"missing from the checkpoint: \['model.norm.weight'\]"):
         load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
+
+
+def test_checkpoint_that_was_not_copied_whole(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"--model_name_or_path {tmp_path}/copy cannot be loaded: ") as error:
+        load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
+    assert "\n" not in str(error.value)
 
 
 def test_training_an_adapter_further(checkpoint, tmp_path):

@@ -1,13 +1,23 @@
-"""A step's gradient is the mean over the global batch's examples, however the batch is divided."""
+"""A step's gradient is the mean over the global batch's examples, however the batch is divided.
 
+First by hand in float64, then by the DocVQA script as a user starts it. The last test holds the script to letting
+go of what it has trained before it loads what it has saved.
+"""
+
+import json
+import re
 from collections import Counter
 
+import datasets
 import pytest
 import torch
 
-from common.collation import collate
+import finetune_hf_trainer_docvqa as docvqa
+from common.collation import collate, encode_example
+from common.phi3v import Phi3VProcessor
 from common.training import GlobalBatchSampler
-from tests.model_helpers import tiny_model
+from tests.launch import REPOSITORY, read_evaluation, read_log, run_script
+from tests.model_helpers import picture, tiny_model, write_stand_in_checkpoint
 
 ANSWER_LENGTHS = (1, 7, 2, 5, 3, 1, 4, 6, 2, 3)  # of different lengths, so that weighting by token would show
 
@@ -116,3 +126,162 @@ def test_global_batches_are_the_same_however_divided():
         ]
 
     assert batches(1, 1) == batches(2, 1) == batches(4, 2) == batches(1, 8)
+
+
+# The script itself
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint and eight pages whose answers have from 1 to 22 tokens (the stand-in's are characters)."""
+    folder = write_stand_in_checkpoint(tmp_path_factory.mktemp("batches"))
+    tiny_model().save_pretrained(folder)
+    rows = [
+        {
+            "image": picture(60 + 9 * k, 70, k),
+            "query": {"en": "What?" + " Say." * (k % 3)},
+            "answers": ["x" * (1 + 3 * k)],
+        }
+        for k in range(8)
+    ]
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {"image": datasets.Image(), "query": {"en": text}, "answers": datasets.List(text)},
+    )
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def options_for(folder, output, *options):
+    shared = ("--model_name_or_path", folder, "--data_dir", folder, "--output_dir", output, "--num_crops", 1)
+    shared += ("--batch_size", 8, "--warmup_steps", 0, "--learning_rate", "1e-3", "--logging_steps", 1)
+    return (*shared, "--num_train_epochs", 2, "--num_workers", 1, "--eval_limit", 3, "--no-tqdm", *options)
+
+
+@pytest.fixture(scope="module")
+def expected_loss(folder):
+    """The mean over the eight examples of the mean over each one's own answer tokens."""
+    model, processor = tiny_model(), Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    rows = docvqa.load_rows(str(folder), "train", docvqa.LAYOUTS, "--data_dir")
+    losses = []
+    for index in range(len(rows)):
+        question, (answer,) = docvqa.questions(rows[index])[0]
+        encoded = encode_example(processor, docvqa.ask(rows, index, question, answer))
+        with torch.no_grad():
+            losses.append(model(**collate(processor, [encoded])).loss.item())
+    assert max(losses) - min(losses) > 0.5  # else a weighting by token would hardly show
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_script_s_steps_do_not_depend_on_the_division(folder, tmp_path, expected_loss, method):
+    """Answers of different lengths, two steps: float32 sums in another order, 1e-5 relative."""
+    extra = ("--use_lora", "--lora_rank", 4) if method == "lora" else ()
+    logs, evaluations = [], []
+    for processes, at_once in ((0, 1), (2, 1), (2, 4)):
+        output = tmp_path / f"{processes}_{at_once}"
+        options = options_for(folder, output, "--batch_size_per_gpu", at_once, *extra)
+        ended = run_script("finetune_hf_trainer_docvqa.py", *options, processes=processes)
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        logs.append([(line["loss"], line["grad_norm"]) for line in read_log(output)])
+        evaluations.append(read_evaluation(output, "eval_before")["examples"])
+    assert [len(log) for log in logs] == [2, 2, 2]
+    for log in logs:
+        assert log[0][0] == pytest.approx(expected_loss, rel=1e-5)
+        for step, expected in zip(log, logs[0], strict=True):
+            assert step == pytest.approx(expected, rel=1e-5)
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+
+
+@pytest.fixture(scope="module")
+def conversations(folder):
+    """Eight conversations for the UCF-101 script, three of them with a picture."""
+    (folder / "images").mkdir()
+    lines = []
+    for k in range(8):
+        turn = {"user": "Say it." * (1 + k % 3), "assistant": "AB"[k % 2] * (1 + 2 * k)}
+        if k % 3 == 0:
+            picture(60 + 9 * k, 70, k).save(folder / "images" / f"{k}.png")
+            turn["images"] = [f"{k}.png"]
+        lines.append(json.dumps({"conversations": [turn]}) + "\n")
+    for split in ("train", "test"):
+        (folder / f"ucf101_{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "lora", pytest.param("zero3", marks=pytest.mark.long)])
+def test_processes_with_and_without_pictures(conversations, tmp_path, method):
+    """A process whose examples hold no picture takes part in every gradient all the same.
+
+    DDP would stop with an error and DeepSpeed might average the tower's gradient with something else's.
+    """
+    extra = {"lora": ("--use_lora", "--lora_rank", 4), "zero3": ("--deepspeed", "ds_configs/zero3.json")}.get(
+        method, ()
+    )
+    logs = []
+    for processes in (0, 2):
+        output = tmp_path / str(processes)
+        ended = run_script(
+            "finetune_hf_trainer_ucf101.py", *options_for(conversations, output, *extra), processes=processes
+        )
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        logs.append([(line["loss"], line["grad_norm"]) for line in read_log(output)])
+    assert len(logs[0]) == 2
+    for one, two in zip(*logs, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+WATCHED = """
+import gc, weakref
+import torch
+import finetune_hf_trainer_docvqa as docvqa
+
+trained = []
+load_model, train = docvqa.load_model, docvqa.train
+
+
+def watched_train(model, *arguments):
+    trainer = train(model, *arguments)
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    parts = [model, trainer.model_wrapped, trainer.optimizer, inner, *model.parameters()]
+    trained.extend((type(part).__name__, weakref.ref(part)) for part in parts)
+    return trainer
+
+
+def tensor_bytes():
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def watched_load(*arguments):
+    if trained:
+        alive = [name for name, reference in trained if reference() is not None]
+        print("AT THE RELOAD", len(trained), alive, tensor_bytes() - bytes_before, flush=True)
+    return load_model(*arguments)
+
+
+bytes_before = tensor_bytes()
+docvqa.load_model, docvqa.train = watched_load, watched_train
+docvqa.run(docvqa.main)
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_was_trained_is_let_go_before_the_reload(folder, tmp_path, method):
+    """Model, engine, optimizer and every parameter: two of a model of real size would not fit into memory.
+
+    The tensors there are besides take less than a tenth of the weights.
+    """
+    script = tmp_path / "watched.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{WATCHED}")
+    extra = ("--use_lora", "--lora_rank", 4) if method == "lora" else ()
+    ended = run_script(script, *options_for(folder, tmp_path / "out", "--max_steps", 1, "--eval_steps", 1, *extra))
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    found = re.findall(r"AT THE RELOAD (\d+) (\[.*?\]) (-?\d+)", ended.stdout)
+    assert len(found) == 2  # one line a process
+    weights = sum(parameter.nbytes for parameter in tiny_model().parameters())
+    for watched, alive, left in found:
+        assert int(watched) > 50
+        assert alive == "[]"
+        assert int(left) < weights / 10

@@ -1,0 +1,117 @@
+"""UCF-101: the converter's format, accuracy per class, confusion matrix, and a short run as a user starts it."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune_hf_trainer_ucf101 as ucf101
+from common.demo import CHECKPOINT
+from common.errors import UserError
+from common.evaluation import Generated
+from tests.launch import read_evaluation, read_log, run_script
+
+FRAMES = 2
+USER = "Classify the video into one of the following classes: Archery, Bowling, Diving."
+# Diving is seen in training only.
+VIDEOS = {
+    "train": ("Archery", "Bowling", "Diving", "Archery"),
+    "val": ("Bowling",),
+    "test": ("Archery", "Bowling", "Bowling"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What `convert_ucf101.py` writes, with two frames a video."""
+    folder = tmp_path_factory.mktemp("converted")
+    number = 0
+    for split, labels in VIDEOS.items():
+        lines = []
+        for label in labels:
+            (folder / "images" / split / label).mkdir(parents=True, exist_ok=True)
+            names = [f"{split}/{label}/v_{number}.{frame}.jpg" for frame in range(FRAMES)]
+            for frame, name in enumerate(names):
+                pixels = np.random.RandomState(FRAMES * number + frame).randint(0, 255, (24, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / name)
+            turn = {"images": names, "user": USER, "assistant": label}
+            lines.append({"id": f"{split}-{number:010}", "source": "ucf101", "conversations": [turn]})
+            number += 1
+        (folder / f"ucf101_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def options_for(folder, **values):
+    options = {"data_dir": str(folder), "eval_split": "test", "eval_limit": None, "eval_only": False}
+    return argparse.Namespace(**{**options, **values})
+
+
+def test_data(folder):
+    train_data, eval_data, classes = ucf101.load_data(options_for(folder))
+    assert (len(train_data), len(eval_data)) == (4, 3)
+    assert classes == ["Archery", "Bowling", "Diving"]
+    (turn,) = ucf101.make_example(train_data, 2).turns
+    assert (turn.user, turn.assistant) == (f"<|image_1|><|image_2|>\n{USER}", "Diving")
+    assert [image.size for image in turn.images] == [(32, 24)] * FRAMES
+    assert len(ucf101.load_data(options_for(folder, eval_split="val"))[1]) == 1
+
+
+def test_evaluation_needs_no_training_data(folder, tmp_path):
+    (tmp_path / "images").symlink_to(folder / "images")
+    (tmp_path / "ucf101_test.jsonl").write_text((folder / "ucf101_test.jsonl").read_text())
+    train_data, eval_data, classes = ucf101.load_data(options_for(tmp_path, eval_only=True))
+    assert (train_data, len(eval_data), classes) == (None, 3, ["Archery", "Bowling"])
+    with pytest.raises(UserError, match=r"ucf101_train.jsonl cannot be read: No such file"):
+        ucf101.load_data(options_for(tmp_path))
+
+
+def test_folder_must_be_named():
+    with pytest.raises(UserError, match=r"--data_dir is needed: the folder that convert_ucf101.py has written"):
+        ucf101.load_data(options_for("", data_dir=None))
+
+
+def evaluate(monkeypatch, folder, output, answers, **values):
+    _, eval_data, classes = ucf101.load_data(options_for(folder, **values))
+    monkeypatch.setattr(ucf101, "generate_answers", lambda *args, **kwargs: [Generated(answer) for answer in answers])
+    totals = ucf101.evaluate(None, None, eval_data, classes, argparse.Namespace(output_dir=output), "eval_x")
+    return totals, read_evaluation(output, "eval_x")
+
+
+def test_accuracy_per_class_and_confusion(monkeypatch, folder, tmp_path):
+    """Archery taken for Diving, a class of the training data alone; one Bowling right, one given no class's name."""
+    totals, stored = evaluate(monkeypatch, folder, tmp_path / "out", ["Diving", " bowling.", "Bowling alley"])
+    assert totals == {
+        "accuracy": pytest.approx(1 / 3),
+        "accuracy_per_class": {"Archery": 0.0, "Bowling": 0.5},  # Diving has no videos here
+    }
+    assert stored["confusion"] == {
+        "labels": ["Archery", "Bowling", "Diving", "(other)"],
+        "rows_true_columns_predicted": [[0, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]],
+    }
+    assert stored["num_examples"] == 3
+    assert [one["id"] for one in stored["examples"]] == [f"test-{number:010}" for number in (5, 6, 7)]
+    assert [one["correct"] for one in stored["examples"]] == [0.0, 1.0, 0.0]
+    with Image.open(tmp_path / "out" / "confusion_eval_x.png") as drawn:
+        assert min(drawn.size) > 200
+
+
+def test_a_limited_evaluation_knows_all_classes(monkeypatch, folder, tmp_path):
+    _, stored = evaluate(monkeypatch, folder, tmp_path / "out", ["Bowling"], eval_limit=1)
+    assert stored["confusion"]["rows_true_columns_predicted"][0] == [0, 1, 0, 0]
+
+
+def test_run(folder, tmp_path):
+    """Two processes, QLoRA: a short run to the end."""
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", folder, "--output_dir", tmp_path, "--num_crops", 1)
+    options += ("--batch_size", 4, "--max_steps", 4, "--warmup_steps", 1, "--logging_steps", 1, "--num_workers", 1)
+    options += ("--use_lora", "--use_qlora", "--lora_rank", 4, "--learning_rate", "1e-2", "--no-tqdm")
+    ended = run_script("finetune_hf_trainer_ucf101.py", *options)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert losses[-1] < losses[0]
+    after = read_evaluation(tmp_path, "eval_after")
+    assert after["num_examples"] == sum(map(sum, after["confusion"]["rows_true_columns_predicted"])) == 3
+    assert f"after training:  accuracy {after['accuracy']:.4f}" in ended.stdout
+    assert {file.name for file in tmp_path.glob("*.png")} == {"confusion_eval_before.png", "confusion_eval_after.png"}
