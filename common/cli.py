@@ -175,7 +175,7 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
         if getattr(options, name, None):
             setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
-    problems = _number_problems(options) + _attention_problems(options) + _file_problems(options)
+    problems = _number_problems(options) + _device_problems(options) + _file_problems(options)
     raise_all(problems)
     options.accumulation = options.batch_size // (options.num_processes * options.batch_size_per_gpu)
     options.attention = choose_attention(options)
@@ -251,12 +251,17 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _attention_problems(options: argparse.Namespace) -> list[str]:
+def _device_problems(options: argparse.Namespace) -> list[str]:
     if options.use_flash_attention and options.device == "cpu":
         return ["--use_flash_attention needs a CUDA GPU and there is none: leave the option out"]
     if options.device == "cpu":
         return []
     problems = []
+    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_here > num_gpus:
+        problems.append(
+            f"--nproc_per_node={num_here}, but this machine has {num_gpus} GPUs: start one process for each"
+        )
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     if options.use_flash_attention and capability < (8, 0):
@@ -302,9 +307,13 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     if not file.is_file():
         return [f"--deepspeed {file}: there is no such file; ds_configs/ holds zero2, zero2_offload and zero3"]
     try:
-        stage = json.loads(file.read_text())["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError) as error:
+        configuration = json.loads(file.read_text())
+        stage = configuration["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"--deepspeed {file}: no JSON with zero_optimization.stage ({error})"]
+    own = [name for name in ("optimizer", "scheduler") if name in configuration]
+    if own:
+        return [f"--deepspeed {file} has its own {' and '.join(own)}: take it out, for this recipe's options set them"]
     if stage == 3 and options.eval_steps:
         return ["--eval_steps does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"]
     return []

@@ -112,16 +112,18 @@ def _free_port() -> int:
 
 
 def describe(options: argparse.Namespace) -> str:
-    """Two lines: what is trained how, and how a step's batch is divided."""
+    """What is done how; for training a second line: how a step's batch is divided."""
     attention = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}[options.attention]
     if options.use_flash_attention and options.attention == "sdpa":
         attention = "PyTorch's own flash kernel where no row is padded (flash-attn is not installed)"
     precision = options.precision.name
     if precision == "fp32":
         precision = "fp32 (no CUDA GPU)"
+    how = f"on {options.device.type}, {precision}, {attention}"
+    if options.eval_only:
+        return f"{options.model_name_or_path}: evaluation {how}; output in {options.output_dir}"
     return (
-        f"{options.model_name_or_path}: {options.method} fine-tuning on {options.device.type}, "
-        f"{precision}, {attention}\n"
+        f"{options.model_name_or_path}: {options.method} fine-tuning {how}\n"
         f"{options.batch_size} examples per step = {options.num_processes} processes x "
         f"{options.batch_size_per_gpu} at once x {options.accumulation} accumulated; output in {options.output_dir}"
     )

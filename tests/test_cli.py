@@ -52,6 +52,7 @@ def on_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
 
 def test_published_defaults(monkeypatch, tmp_path):
@@ -183,6 +184,28 @@ def test_home_folder(monkeypatch, tmp_path):
     (tmp_path / "pages").mkdir()
     options = parse(monkeypatch, tmp_path, "--data_dir=~/pages", "--output_dir=~/result")
     assert (options.data_dir, options.output_dir) == (f"{tmp_path}/pages", tmp_path / "result")
+
+
+def test_more_processes_than_gpus(monkeypatch, tmp_path):
+    on_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--nproc_per_node=4, but this machine has 2 GPUs: start one process for each"):
+        parse(monkeypatch, tmp_path, processes=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}', "has its own optimizer: take it out"),
+        ('{"zero_optimization": {}}', "no JSON with zero_optimization.stage"),
+        ("{", "no JSON with zero_optimization.stage"),
+    ],
+)
+def test_deepspeed_configuration(monkeypatch, tmp_path, content, message):
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse(monkeypatch, tmp_path, "--deepspeed", tmp_path / "own.json")
 
 
 def test_used_output_folder(monkeypatch, tmp_path):

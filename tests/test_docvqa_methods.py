@@ -220,6 +220,23 @@ def test_learning_rates_of_the_parts(pages, tmp_path, method):
     assert logged == pytest.approx(rates)
 
 
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.long)])
+def test_bf16(pages, tmp_path, method):
+    """--bf16, also on a CPU: bf16 weights (float32 masters under ZeRO) or a bf16 base under float32 adapters."""
+    options = (*shared_options(pages, tmp_path / "out"), *METHODS[method], "--bf16", "--batch_size_per_gpu", 4)
+    ended = run_script(SCRIPT, *options)
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    assert ", bf16, " in ended.stdout.splitlines()[0]
+    assert "Warning" not in ended.stdout
+    losses = [line["loss"] for line in read_log(tmp_path / "out")]
+    assert sum(losses[-3:]) / 3 < 0.95 * sum(losses[:3]) / 3
+    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    dtypes = {weight.dtype for weight in load_file(tmp_path / "out" / file).values()}
+    assert dtypes == {torch.float32 if method == "lora" else torch.bfloat16}
+    in_memory, reloaded = (read_evaluation(tmp_path / "out", name) for name in (f"eval_step_{STEPS}", "eval_after"))
+    assert in_memory["examples"] == reloaded["examples"]
+
+
 def test_evaluating_a_saved_adapter(run_of, pages, tmp_path):
     """`--eval_only` on an output folder loads the adapter on the base it names, and gives the same scores."""
     _, folder = run_of("lora")
