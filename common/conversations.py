@@ -3,30 +3,76 @@
     {"id": "…", "source": "…", "conversations": [{"images": ["a/b.jpg"], "user": "…", "assistant": "…"}, …]}
 
 A turn has any number of images, also none; paths are relative to the image folder and may not leave
-it. `id` and `source` are optional. Images are numbered through the whole conversation.
+it. `id` and `source` are optional. Images are numbered through the whole conversation; their tags
+are put before the turn's text, which holds none itself.
+
+Every fault has its file and line. Loading for training checks everything but the pixels: it opens
+each picture and reads its header, 0.1 ms on a local disk, and decodes none. `tools/check_data.py`
+runs the same functions and decodes every picture.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .collation import Example, Turn
-from .data import decode_image, path_inside, read_json_lines
+import torch
+from PIL import Image
+
+from .collation import Example, Turn, encode_example
+from .data import decode_image, one_line, path_inside
 from .errors import UserError, raise_all
+from .phi3v import Phi3VProcessor
+from .phi3v.image_processing import CROP, plan_layout
 
 MOST_PROBLEMS = 20  # in one message
+TURN_FIELDS = ("images", "user", "assistant")
+# What the tokenizer or the processor would not take as text: tags of images, marks of the chat template.
+CONTROL = re.compile(r"<\|(?:image(?:_\d+)?|user|assistant|system|end|endoftext|placeholder\d+)\|>")
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+class Picture(NamedTuple):
+    """An image that a line names."""
+
+    turn: int  # from 1
+    file: Path
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file and what is wrong with it, its pictures not yet looked at.
+
+    Attributes:
+        number: from 1.
+        record: the line's dictionary; empty where it holds none.
+        pictures: in the order of their tags, without those whose path is refused.
+        problems: without file and line.
+    """
+
+    number: int
+    record: dict[str, Any]
+    pictures: tuple[Picture, ...]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The checked lines of one file; images are opened when an example is asked for."""
+    """The checked lines of one file; images are opened when an example is asked for.
+
+    `sizes` holds, for every line, the sizes of its pictures in the order of their tags.
+    """
 
     path: Path
     image_dir: Path
     lines: tuple[int, ...]
     records: tuple[dict[str, Any], ...]
+    sizes: tuple[tuple[Size, ...], ...]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -37,22 +83,47 @@ class Conversations:
 
     def first(self, count: int | None) -> Conversations:
         """The first `count` conversations; all of them where it is None."""
-        return Conversations(self.path, self.image_dir, self.lines[:count], self.records[:count])
+        return Conversations(self.path, self.image_dir, self.lines[:count], self.records[:count], self.sizes[:count])
 
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe."""
-        place, turns, tag = self.place(index), [], 1
-        for turn in self.records[index]["conversations"]:
-            files = [path_inside(self.image_dir, name, place) for name in turn.get("images", ())]
-            images = [decode_image({"path": str(file)}, f"{place}, {file}") for file in files]
-            tags = "".join(f"<|image_{number}|>" for number in range(tag, tag + len(images)))
-            tag += len(images)
-            turns.append(Turn(f"{tags}\n{turn['user']}" if tags else turn["user"], turn["assistant"], images))
-        return Example(place, turns)
+        place = self.place(index)
+        files = [
+            path_inside(self.image_dir, name, place)
+            for turn in self.records[index]["conversations"]
+            for name in turn.get("images", ())
+        ]
+        images = [decode_image({"path": str(file)}, f"{place}, {file}") for file in files]
+        return Example(place, make_turns(self.records[index], images))
+
+
+class _SizesOnly:
+    """In place of the image processor: (width, height) instead of pictures, token counts and no pixels."""
+
+    def __init__(self, num_crops: int) -> None:
+        self.num_crops = num_crops
+
+    def __call__(self, sizes: Sequence[Size], num_crops: int | None = None) -> dict[str, Any]:
+        return {
+            "num_img_tokens": [plan_layout(*size, num_crops or self.num_crops).num_img_tokens for size in sizes],
+            "pixel_values": torch.zeros(0, 3, CROP, CROP),
+            "image_sizes": torch.zeros(0, 2, dtype=torch.long),
+        }
+
+
+def make_turns(record: dict[str, Any], images: Sequence[Any]) -> list[Turn]:
+    """A line's turns, each with its own of the conversation's images and their tags."""
+    turns, used = [], 0
+    for turn in record["conversations"]:
+        own = images[used : used + len(turn.get("images", ()))]
+        tags = "".join(f"<|image_{number}|>" for number in range(used + 1, used + len(own) + 1))
+        used += len(own)
+        turns.append(Turn(f"{tags}\n{turn['user']}" if tags else turn["user"], turn["assistant"], own))
+    return turns
 
 
 def load_conversations(path: str | Path, image_dir: str | Path) -> Conversations:
-    """Read a file and check every line: fields, types, and that the images are there.
+    """Read a file and check every line: fields, types, tags, ids, and the pictures' presence and headers.
 
     Args:
         path: the JSONL file.
@@ -62,43 +133,185 @@ def load_conversations(path: str | Path, image_dir: str | Path) -> Conversations
         UserError: with the file and line of every fault (the first 20 of them).
     """
     path, image_dir = Path(path), Path(image_dir)
-    numbered = read_json_lines(path)
-    problems = [
-        f"{path}, line {number}: {problem}"
-        for number, record in numbered
-        for problem in find_problems(record, image_dir)
-    ]
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
-    raise_all(problems)
-    if not numbered:
+    lines = read_lines(path, image_dir)
+    sizes = {file: measure_image(file) for file in picture_files(lines)}
+    _raise_first([f"{path}, line {line.number}: {problem}" for line in lines for problem in find_problems(line, sizes)])
+    if not lines:
         raise UserError(f"{path} is empty")
-    return Conversations(path, image_dir, *zip(*numbered, strict=True))
+    return gather(path, image_dir, lines, sizes)
 
 
-def find_problems(record: dict[str, Any], image_dir: Path) -> list[str]:
-    """What is wrong with one line's dictionary."""
+def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> None:
+    """Check, before training, that every conversation can be encoded and is not too long for the model.
+
+    Args:
+        limit: the model's, in tokens (`max_position_embeddings`).
+
+    Raises:
+        UserError: with the file and line of every fault (the first 20 of them).
+    """
+    _raise_first([problem for _, problem in measure_lengths(data, processor, limit) if problem])
+
+
+def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> list[tuple[int | None, str | None]]:
+    """Encode every conversation as training does, but for the pixels; no picture is opened.
+
+    Returns:
+        The tokens, None where it cannot be encoded, and the fault with its place, None where there is none.
+    """
+    num_crops = processor.image_processor.num_crops
+    counting = Phi3VProcessor(_SizesOnly(num_crops), processor.tokenizer)
+    measured: list[tuple[int | None, str | None]] = []
+    for index in range(len(data)):
+        example = Example(data.place(index), make_turns(data.records[index], data.sizes[index]))
+        try:
+            tokens = len(encode_example(counting, example)["input_ids"])
+        except UserError as error:
+            measured.append((None, str(error)))
+            continue
+        too_long = (
+            f"{data.place(index)}: {tokens} tokens at num_crops={num_crops}, the model takes {limit}: "
+            "lower --num_crops, or give fewer pictures or turns"
+        )
+        measured.append((tokens, too_long if tokens > limit else None))
+    return measured
+
+
+def _raise_first(problems: list[str]) -> None:
+    if len(problems) > MOST_PROBLEMS:
+        raise UserError(
+            f"{len(problems)} problems (python -m tools.check_data lists all), the first {MOST_PROBLEMS} of them:\n"
+            + "\n".join(f"  - {problem}" for problem in problems[:MOST_PROBLEMS])
+        )
+    raise_all(problems)
+
+
+def read_lines(path: Path, image_dir: Path) -> list[Line]:
+    """Read a file; check everything but the pictures themselves. Empty lines are passed over.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    lines, line_of_id = [], {}
+    try:
+        with open(path, "rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                record, problem = parse_line(text)
+                if record is None:
+                    lines.append(Line(number, {}, (), (problem,)))
+                    continue
+                problems, pictures = _check_record(record, image_dir)
+                if isinstance(record.get("id"), str | int):
+                    earlier = line_of_id.setdefault(str(record["id"]), number)
+                    if earlier != number:
+                        problems.append(f"line {earlier} has the id {record['id']!r} already")
+                lines.append(Line(number, record, tuple(pictures), tuple(problems)))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return lines
+
+
+def parse_line(text: bytes) -> tuple[dict[str, Any] | None, str]:
+    """A line's dictionary, or None and what is wrong."""
+    try:
+        record = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return None, f"no JSON in UTF-8 ({one_line(error)})"
+    if not isinstance(record, dict):
+        return None, f"{type(record).__name__} instead of a dictionary"
+    return record, ""
+
+
+def _check_record(record: dict[str, Any], image_dir: Path) -> tuple[list[str], list[Picture]]:
+    """What is wrong with one line's dictionary, and the pictures it names."""
+    problems, pictures = [], []
+    if "id" in record and (not isinstance(record["id"], str | int) or isinstance(record["id"], bool)):
+        problems.append(f"id must be a text or a whole number, not {type(record['id']).__name__}")
+    if "source" in record and not isinstance(record["source"], str):
+        problems.append(f"source must be a text, not {type(record['source']).__name__}")
+    problems += [f"{name} stands in a turn, not beside conversations" for name in TURN_FIELDS if name in record]
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return ["conversations must be a list with at least one turn"]
-    problems = []
+        return [*problems, "conversations must be a list with at least one turn"], []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             problems.append(f"turn {number} is {type(turn).__name__}, not a dictionary")
             continue
-        for field in ("user", "assistant"):
-            if not isinstance(turn.get(field), str) or not turn[field].strip():
-                problems.append(f"turn {number} needs {field}, a text that is not empty")
-        images = turn.get("images", [])
-        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            problems.append(f"turn {number}: images must be a list of paths")
-            continue
-        for name in images:
+        problems += [f"turn {number}: {problem}" for problem in _check_turn(turn)]
+        for name in _names(turn) or ():
             try:
-                file = path_inside(image_dir, name, f"turn {number}")
+                pictures.append(Picture(number, path_inside(image_dir, name, f"turn {number}")))
             except UserError as error:
                 problems.append(str(error))
-                continue
-            if not file.is_file():
-                problems.append(f"turn {number}: there is no image {name} in {image_dir}")
-    return problems
+            except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a ring of links
+                problems.append(f"turn {number}: {name!r} is no path ({one_line(error)})")
+    return problems, pictures
+
+
+def _check_turn(turn: dict[str, Any]) -> list[str]:
+    problems = []
+    for field in ("user", "assistant"):
+        text = turn.get(field)
+        if not isinstance(text, str) or not text.strip():
+            problems.append(f"{field} must be a text that is not empty")
+            continue
+        if found := CONTROL.search(text):
+            problems.append(
+                f"{field} holds {found[0]}, which is no text to the model (the tags of images and the end of a "
+                "turn are put there in training): take it out"
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            problems.append(f"{field} holds half a character, {text[error.start : error.end]!a}")
+    if _names(turn) is None:
+        problems.append("images must be a list of paths")
+    unknown = [name for name in turn if name not in TURN_FIELDS]  # a misspelt `images` would train without pictures
+    return problems + [f"unknown field {name!r}; a turn has {', '.join(TURN_FIELDS)}" for name in unknown]
+
+
+def _names(turn: dict[str, Any]) -> list[str] | None:
+    """The images that a turn names; None where the field is no list of texts."""
+    names = turn.get("images", [])
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def picture_files(lines: Iterable[Line]) -> list[Path]:
+    """The files of all pictures, each once."""
+    return list(dict.fromkeys(picture.file for line in lines for picture in line.pictures))
+
+
+def measure_image(file: Path, decode: bool = False) -> Size | str:
+    """A picture's size, or what is wrong with it.
+
+    Args:
+        decode: read all of it, as training will; else its header.
+    """
+    try:
+        if not file.is_file():
+            return f"{file}: there is no such file"
+        if decode:
+            return decode_image({"path": str(file)}, str(file)).convert("RGB").size
+        with Image.open(file) as image:
+            return image.size
+    except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
+        return f"{file}: the image cannot be {'decoded' if decode else 'opened'}: {one_line(error.__cause__ or error)}"
+
+
+def find_problems(line: Line, sizes: Mapping[Path, Size | str]) -> list[str]:
+    """All that is wrong with a line, its pictures included."""
+    wrong = [(picture, sizes[picture.file]) for picture in line.pictures if isinstance(sizes[picture.file], str)]
+    return [*line.problems, *(f"turn {picture.turn}: {problem}" for picture, problem in wrong)]
+
+
+def gather(path: Path, image_dir: Path, lines: Sequence[Line], sizes: Mapping[Path, Size | str]) -> Conversations:
+    """The conversations of lines without faults."""
+    return Conversations(
+        path,
+        image_dir,
+        tuple(line.number for line in lines),
+        tuple(line.record for line in lines),
+        tuple(tuple(sizes[picture.file] for picture in line.pictures) for line in lines),
+    )

@@ -1,20 +1,29 @@
-"""The JSONL format, and the UCF-101 script that reads it."""
+"""The JSONL format: what is refused on load, and what training and evaluation make of a file.
+
+`tests/test_check_data.py` goes through every kind of fault, `tests/test_collation.py` through ids and labels of turns,
+`tests/test_training_batches.py` trains texts beside pictures in two processes.
+"""
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-import finetune_hf_trainer_ucf101 as ucf101
-from common.conversations import load_conversations
+from common.cli import Precision
+from common.collation import ANSWER_END, collate, encode_example
+from common.conversations import MOST_PROBLEMS, check_lengths, load_conversations
 from common.demo import CHECKPOINT
 from common.errors import UserError
-from common.evaluation import Generated
-from tests.launch import read_evaluation, read_log, run_script
-
-CLASSES = ("Archery", "BabyCrawling", "BalanceBeam")
+from common.evaluation import generate_answers
+from common.phi3v import Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
+from common.phi3v.processing import IMAGE_TAG
+from common.phi3v.stock import AutoTokenizer
+from tests.model_helpers import golden, golden_inputs, published_folder
+from tests.model_helpers import picture as golden_picture
 
 
 def picture(seed):
@@ -24,9 +33,14 @@ def picture(seed):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "images").mkdir()
-    for number in range(3):
+    for number in range(4):
         picture(number).save(tmp_path / "images" / f"{number}.png")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Phi3VProcessor.from_pretrained(CHECKPOINT, num_crops=1)
 
 
 def write(folder, *records):
@@ -42,13 +56,30 @@ def one(**turn):
     return {"conversations": [{"user": "Q?", "assistant": "A", **turn}]}
 
 
-def test_images_are_numbered_through_the_conversation(folder):
-    turns = [
+THREE_TURNS = {
+    "id": "x",
+    "source": "mine",
+    "conversations": [
         {"images": ["0.png", "1.png"], "user": "Both?", "assistant": "yes"},
-        {"user": "Only text, ü?", "assistant": "no"},
+        {"user": "Only text, ü?", "assistant": "no, and a longer answer"},
         {"images": ["2.png"], "user": "This?", "assistant": "maybe"},
-    ]
-    write(folder, {"id": "x", "source": "mine", "conversations": turns}, "", one())
+    ],
+}
+# Pictures in some turns, in all, in none, and in the last one only.
+MIXED = (
+    THREE_TURNS,
+    one(),
+    one(images=["3.png"], user="What is this?", assistant="a longer answer than most"),
+    {"conversations": [{"images": [], "user": "First?", "assistant": "1"}, {"user": "Second?", "assistant": "2"}]},
+    {"conversations": [{"user": "Words.", "assistant": "w"}, {"images": ["1.png"], "user": "See?", "assistant": "s"}]},
+)
+
+
+# --- reading
+
+
+def test_images_are_numbered_through_the_conversation(folder):
+    write(folder, THREE_TURNS, "", one())
     data = load(folder)
     assert len(data) == 2
     example = data.example(0)
@@ -57,37 +88,20 @@ def test_images_are_numbered_through_the_conversation(folder):
         "Only text, ü?",
         "<|image_3|>\nThis?",
     ]
-    assert [turn.assistant for turn in example.turns] == ["yes", "no", "maybe"]
-    seeds = [seed for turn in example.turns for seed in turn.images]
-    for image, number in zip(seeds, range(3), strict=True):
+    assert [turn.assistant for turn in example.turns] == ["yes", "no, and a longer answer", "maybe"]
+    assert [len(turn.images) for turn in example.turns] == [2, 0, 1]
+    for image, number in zip([image for turn in example.turns for image in turn.images], range(3), strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(picture(number)))
     assert data.place(1) == f"{folder / 'data.jsonl'}, line 3"  # the empty line counts
     assert [turn.user for turn in data.example(1).turns] == ["Q?"]
 
 
-@pytest.mark.parametrize(
-    ("record", "problem"),
-    [
-        ({}, "line 1: conversations must be a list with at least one turn"),
-        ({"conversations": []}, "line 1: conversations must be a list with at least one turn"),
-        ({"conversations": ["text"]}, "line 1: turn 1 is str, not a dictionary"),
-        (one(user=None), "line 1: turn 1 needs user, a text that is not empty"),
-        (one(assistant=" "), "line 1: turn 1 needs assistant, a text that is not empty"),
-        (one(images="0.png"), "line 1: turn 1: images must be a list of paths"),
-        (one(images=[3]), "line 1: turn 1: images must be a list of paths"),
-        (one(images=["absent.png"]), "line 1: turn 1: there is no image absent.png"),
-        (one(images=["../data.jsonl"]), "line 1: turn 1: the path ../data.jsonl leaves the folder"),
-        (one(images=["/etc/hostname"]), "line 1: turn 1: the path /etc/hostname leaves the folder"),
-        ("[]", "line 1: list instead of a dictionary"),
-        ("{", "line 1: no JSON in UTF-8"),
-    ],
-)
-def test_faults(folder, record, problem):
-    write(folder, record)
-    with pytest.raises(UserError) as error:
-        load(folder)
-    assert problem in str(error.value)
-    assert str(folder / "data.jsonl") in str(error.value)
+def test_the_first_ones(folder):
+    write(folder, *MIXED)
+    data = load(folder).first(2)
+    assert (len(data), len(load(folder).first(None))) == (2, 5)
+    assert data.sizes == (((32, 24),) * 3, ())
+    assert data.example(1).turns[0].user == "Q?"
 
 
 def test_all_faults_at_once(folder):
@@ -96,10 +110,11 @@ def test_all_faults_at_once(folder):
         load(folder)
     text = str(error.value)
     assert text.startswith("3 problems:")
-    assert all(f"line {number}: " in text for number in (2, 3, 4))
+    assert all(f"{folder / 'data.jsonl'}, line {number}: " in text for number in (2, 3, 4))
     write(folder, *[{}] * 100)
-    with pytest.raises(UserError, match="and 80 more"):
+    with pytest.raises(UserError, match=r"100 problems \(python -m tools.check_data lists all\)") as error:
         load(folder)
+    assert str(error.value).count("line ") == MOST_PROBLEMS
 
 
 def test_wrong_encoding_empty_and_missing_file(folder):
@@ -114,75 +129,134 @@ def test_wrong_encoding_empty_and_missing_file(folder):
         load(folder)
 
 
-def test_undecodable_image_is_named(folder):
+def test_pictures_are_opened_on_load_and_decoded_when_asked_for(folder):
+    """A file that is no picture is found on load; one that is cut off behind its header when the example is made."""
     (folder / "images" / "0.png").write_bytes(b"not a picture")
     write(folder, one(), one(images=["0.png"]))
-    with pytest.raises(UserError, match=r"line 2, .*0\.png: the image cannot be decoded"):
-        load(folder).example(1)
+    with pytest.raises(UserError, match=r"line 2: turn 1: .*0\.png: the image cannot be opened"):
+        load(folder)
+    whole = (folder / "images" / "1.png").read_bytes()
+    (folder / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
+    data = load(folder)
+    with pytest.raises(UserError, match=r"line 2, .*0\.png: the image.* cannot be decoded"):
+        data.example(1)
 
 
-@pytest.fixture
-def videos(tmp_path):
-    """The converter's tree: three classes, frames of a class alike."""
-    for split, count in (("train", 8), ("test", 3), ("val", 2)):
-        lines = []
-        for number in range(count):
-            label = CLASSES[number % 3]
-            names = [f"{split}/{label}/v{number}.{frame}.jpg" for frame in range(2)]
-            for name in names:
-                path = tmp_path / "images" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture(number % 3).save(path)
-            user = f"Classify the video into one of the following classes: {', '.join(CLASSES)}."
-            turn = {"images": names, "user": user, "assistant": label}
-            lines.append(json.dumps({"id": f"{split}-{number}", "source": "ucf101", "conversations": [turn]}))
-        (tmp_path / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path
+def test_lengths(folder, processor):
+    """The limit itself is allowed, one token less is not; every conversation that is too long is named."""
+    write(folder, *MIXED)
+    data = load(folder)
+    lengths = [len(encode_example(processor, data.example(index))["input_ids"]) for index in range(len(data))]
+    check_lengths(data, processor, max(lengths))
+    longest = lengths.index(max(lengths)) + 1
+    message = rf"^.*line {longest}: {max(lengths)} tokens at num_crops=1, the model takes {max(lengths) - 1}: "
+    with pytest.raises(UserError, match=message):
+        check_lengths(data, processor, max(lengths) - 1)
+    with pytest.raises(UserError, match=r"^5 problems:"):
+        check_lengths(data, processor, 1)
 
 
-def test_ucf101_splits_and_prompt(videos):
-    options = argparse.Namespace(data_dir=str(videos), eval_split="test", eval_limit=None)
-    train_data, eval_data = ucf101.load_data(options)
-    assert (len(train_data), len(eval_data)) == (8, 3)
-    turn = ucf101.make_example(train_data, 1).turns[0]
-    assert turn.user.startswith(
-        "<|image_1|><|image_2|>\nClassify the video into one of the following classes: Archery,"
-    )
-    assert turn.assistant == "BabyCrawling"
-    assert len(ucf101.load_data(argparse.Namespace(**{**vars(options), "eval_split": "val"}))[1]) == 2
-    with pytest.raises(UserError, match="--data_dir is needed"):
-        ucf101.load_data(argparse.Namespace(**{**vars(options), "data_dir": None}))
+# --- what training and evaluation make of it
 
 
-def test_ucf101_accuracy_per_class_and_confusion(videos, monkeypatch, tmp_path):
-    options = argparse.Namespace(data_dir=str(videos), eval_split="test", eval_limit=None, output_dir=tmp_path / "out")
-    data = ucf101.load_data(options)[1]
-    answers = [Generated("archery."), Generated("Archery"), Generated("a balance beam")]
-    monkeypatch.setattr(ucf101, "generate_answers", lambda *args, **kwargs: answers)
-    totals = ucf101.evaluate(None, None, data, options, "eval_x")
-    assert totals["accuracy"] == pytest.approx(1 / 3)
-    assert totals["accuracy_per_class"] == {"Archery": 1.0, "BabyCrawling": 0.0, "BalanceBeam": 0.0}
-    stored = read_evaluation(tmp_path / "out", "eval_x")
-    assert stored["confusion"]["labels"] == [*CLASSES, "(other)"]
-    assert stored["confusion"]["rows_true_columns_predicted"] == [
-        [1, 0, 0, 0],
-        [1, 0, 0, 0],
-        [0, 0, 0, 1],
-        [0, 0, 0, 0],
-    ]
-    assert [example["id"] for example in stored["examples"]] == ["test-0", "test-1", "test-2"]
-    with Image.open(tmp_path / "out" / "confusion_eval_x.png") as image:
-        assert min(image.size) > 200
+@pytest.mark.skipif(
+    published_folder("phi-3.5-vision-instruct") is None, reason="no published tokenizer on this machine"
+)
+@pytest.mark.parametrize("case", ["single", "multi", "text", "long"])
+def test_one_turn_gives_the_reference_ids(tmp_path, case):
+    """From the file to the reference's prompt followed by `answer<|end|>\\n<|endoftext|>`, token for token."""
+    stored = golden("cases.json")[case]
+    tokenizer = AutoTokenizer.from_pretrained(published_folder("phi-3.5-vision-instruct"), trust_remote_code=False)
+    published = Phi3VProcessor(Phi3VImageProcessor(num_crops=stored["num_crops"]), tokenizer)
+    names = [f"{number}.png" for number in range(len(stored["pictures"]))]
+    for name, description in zip(names, stored["pictures"], strict=True):
+        golden_picture(*description).save(tmp_path / name)
+    user = IMAGE_TAG.sub("", stored["messages"][0]["content"]).removeprefix("\n")
+    turn = {"images": names, "user": user, "assistant": stored["answer"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": [turn]}) + "\n")
+    encoded = encode_example(published, load_conversations(tmp_path / "data.jsonl", tmp_path).example(0))
+    inputs, labels = golden_inputs(case)
+    assert encoded["input_ids"].tolist() == inputs["input_ids"][0].tolist()
+    assert encoded["labels"].tolist() == labels[0].tolist()
+    answer = tokenizer(stored["answer"] + "<|end|>\n<|endoftext|>", add_special_tokens=False).input_ids
+    assert encoded["input_ids"].tolist()[-len(answer) :] == answer
+    for name in ("pixel_values", "image_sizes"):
+        assert (name in encoded) == (name in inputs)
+        assert name not in inputs or torch.equal(encoded[name], inputs[name])
 
 
-def test_ucf101_run(videos, tmp_path):
-    """Two processes, frozen vision: a short run to the end."""
-    folder = tmp_path / "out"
-    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", videos, "--output_dir", folder, "--num_crops", 1)
-    options += ("--batch_size", 4, "--max_steps", 3, "--warmup_steps", 1, "--logging_steps", 1, "--no-tqdm")
-    ended = run_script("finetune_hf_trainer_ucf101.py", *options, "--freeze_vision_model", "--learning_rate", "1e-3")
-    assert ended.returncode == 0, ended.stdout[-3000:]
-    losses = [line["loss"] for line in read_log(folder)]
-    assert losses[-1] < losses[0]
-    assert read_evaluation(folder, "eval_after")["num_examples"] == 3
-    assert (folder / "confusion_eval_after.png").stat().st_size > 1000
+def test_every_turn_has_its_own_prompt_and_every_answer_is_learnt(folder, processor):
+    write(folder, THREE_TURNS)
+    encoded = encode_example(processor, load(folder).example(0))
+    expected_ids, expected_labels = [], []
+    for turn, first_tag in zip(load(folder).example(0).turns, (1, 3, 3), strict=True):
+        text = processor.apply_chat_template([{"role": "user", "content": turn.user}], add_generation_prompt=True)
+        prompt = processor.encode(text, turn.images, first_tag=first_tag)["input_ids"].tolist()
+        answer = processor.tokenizer(turn.assistant + ANSWER_END, add_special_tokens=False).input_ids
+        assert prompt[0] == processor.tokenizer.bos_token_id
+        assert processor.tokenizer.bos_token_id not in answer
+        expected_ids += prompt + answer
+        expected_labels += [-100] * len(prompt) + answer
+    assert encoded["input_ids"].tolist() == expected_ids
+    assert encoded["labels"].tolist() == expected_labels
+
+
+class Recorder(torch.nn.Module):
+    """Instead of a model: keeps what evaluation feeds to it, and answers at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.fed = []
+
+    def generate(self, input_ids, attention_mask, pixel_values=None, **others):
+        ends = torch.full((len(input_ids), 1), others["eos_token_id"][0])
+        pixels = 0 if pixel_values is None else len(pixel_values)
+        self.fed.append(([row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)], pixels))
+        return SimpleNamespace(sequences=torch.cat([input_ids, ends], dim=1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_evaluation_feeds_what_training_saw(folder, processor, batch_size):
+    """The last turn's prompt with all turns before it, token for token; only the last answer is left out."""
+    write(folder, *MIXED)
+    data, model = load(folder), Recorder()
+    precision = Precision("fp32", torch.float32, None)
+    options = argparse.Namespace(num_workers=0, precision=precision, device="cpu", tqdm=False)
+    options.eval_batch_size_per_gpu = batch_size
+    generate_answers(model, processor, len(data), data.example, options)
+    fed = [row for rows, _ in model.fed for row in rows]
+    assert len(fed) == len(MIXED)
+    for index, prompt in enumerate(fed):
+        trained = encode_example(processor, data.example(index))
+        length = len(prompt)
+        assert trained["input_ids"][:length].tolist() == prompt.tolist()
+        assert trained["labels"][length - 1] == -100
+        assert (trained["labels"][length:] != -100).all()
+        answer = MIXED[index]["conversations"][-1]["assistant"] + ANSWER_END
+        assert trained["input_ids"][length:].tolist() == processor.tokenizer(answer, add_special_tokens=False).input_ids
+    assert sum(pixels for _, pixels in model.fed) == 2 * 5  # two views of each of the five pictures named
+
+
+def test_texts_and_pictures_mix_in_one_batch(folder, processor):
+    """Loss and gradient of the batch are the means of those alone (float64: 1e-9 relative), wherever pictures stand."""
+    write(folder, *MIXED)
+    data = load(folder)
+    encoded = [encode_example(processor, data.example(index)) for index in range(len(data))]
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT).double()
+    projection = model.model.vision_embed_tokens.img_projection[0].weight
+    alone, gradients = [], []
+    for row in encoded:
+        model.zero_grad()
+        loss = model(**collate(processor, [row])).loss
+        loss.backward()
+        alone.append(loss.item())
+        gradients.append(torch.zeros_like(projection) if projection.grad is None else projection.grad.clone())
+    for order in ((0, 1, 2, 3, 4), (3, 2, 4, 1, 0)):
+        model.zero_grad()
+        loss = model(**collate(processor, [encoded[index] for index in order])).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(sum(alone) / len(alone), rel=1e-9)
+        expected = sum(gradients) / len(gradients)
+        assert (projection.grad - expected).norm() / expected.norm() < 1e-9
+    assert gradients[0].norm() > 0
+    assert gradients[1].norm() == gradients[3].norm() == 0
