@@ -1,4 +1,4 @@
-# make demo       fine-tune the built-in checkpoint on the built-in pages
+# make demo       fine-tune the built-in checkpoint on built-in data; TASK=docvqa|hateful_memes|nlvr2|ucf101
 # make test       unit, parity and one short run per method; what CI runs
 # make test-all   `make test` and what takes longer: every README command, both DeepSpeed alternatives
 # make style      ruff, format and lint
@@ -26,12 +26,33 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
+# The demo's options for each task; data and output lie in $(DEMO)/$(TASK).
+TASK ?= docvqa
+DEMO ?= demo_runs
+DATA := $(DEMO)/$(TASK)/$(if $(filter ucf101,$(TASK)),converted,data)
+DATA_docvqa := --train_pages 3000
+DATA_hateful_memes := --train_pages 4000
+DATA_nlvr2 := --train_pages 4000
+DATA_ucf101 := --train_pages 1600
+DEMO_docvqa := --num_train_epochs 2 --learning_rate 1e-3
+DEMO_hateful_memes := --num_train_epochs 2 --learning_rate 1e-3
+DEMO_nlvr2 := --num_train_epochs 1 --learning_rate 1e-3
+DEMO_ucf101 := --num_train_epochs 1 --learning_rate 1e-3
+SCRIPT = torchrun --nproc_per_node=$$(python -c "import torch; print(torch.cuda.device_count() or 2)") \
+  finetune_hf_trainer_$(TASK).py --num_crops 1 --batch_size 16 --batch_size_per_gpu 8 --warmup_steps 10 \
+  --eval_batch_size_per_gpu 16 --num_workers 1 --no-gradient_checkpointing --overwrite
+
 demo: install
-	$(BIN)/python -m common.demo data --task docvqa --out demo_data
-	$(BIN)/torchrun --nproc_per_node=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)") \
-	  finetune_hf_trainer_docvqa.py --model_name_or_path common/demo_checkpoint --data_dir demo_data \
-	  --output_dir demo_output --overwrite --num_crops 1 --num_train_epochs 3 --learning_rate 3e-4 --warmup_steps 10 \
-	  --eval_batch_size_per_gpu 16 --num_workers 1
+	python -m common.demo data --task $(TASK) --out $(DEMO)/$(TASK)/data $(DATA_$(TASK))
+ifeq ($(TASK),ucf101)
+	python convert_ucf101.py --archive $(DEMO)/ucf101/data/UCF101_subset.tar.gz --out_dir $(DATA) --num_frames 4
+endif
+	$(SCRIPT) --model_name_or_path common/demo_checkpoint --data_dir $(DATA) --output_dir $(DEMO)/$(TASK)/output \
+	  $(DEMO_$(TASK))
+	@echo "The same evaluation with the pictures shuffled, where only chance helps:"
+	python -m common.demo shuffle $(DATA) --task $(TASK) --out $(DEMO)/$(TASK)/shuffled
+	$(SCRIPT) --model_name_or_path $(DEMO)/$(TASK)/output --data_dir $(DEMO)/$(TASK)/shuffled \
+	  --output_dir $(DEMO)/$(TASK)/output_shuffled --eval_only
 
 test: install-dev
 	$(BIN)/python -m pytest -m "not long" tests
@@ -44,4 +65,4 @@ style: install-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output
+	rm -rf $(VENV) $(DEMO) output

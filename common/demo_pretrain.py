@@ -1,47 +1,40 @@
 """Makes the built-in checkpoint (`common/demo_checkpoint`): a small tokenizer, a small model, and its pre-training.
 
-The model learns one thing, to transcribe the fields of a page; it never meets a question. Three stages:
+    python -m common.demo_pretrain --out DIR
 
-1. `see`: the tower and the projection learn to name what has its centre in each 28 x 28 square of a page.
-2. `skim`: the decoder learns to write the transcription. Most empty squares are left out of its input,
-   with everything else at the positions where it would be, so that a step is several times cheaper.
-3. `read`: the whole model on whole pages, as it is used afterwards.
+The model learns what stands where on pictures of handwritten digits and printed labels, and to say so in words:
+it spells the values of a form, names digits by their places and places by their digits, and says what one of several
+pictures is like. None of the recipes' tasks is among it: a value is always spelled out, never given in figures alone,
+and it never compares pictures or puts digit and word together. Three stages:
+
+1. `see`: the tower and the projection learn to name what stands in each 28 x 28 square of a page.
+2. `skim`: the decoder learns to answer, from one line on a form to six. Most empty squares are left out of its
+   input, with everything else at the positions where it would be, so that a step is several times cheaper and
+   attention finds the marks.
+3. `read`: the whole model on whole pages, as it is used afterwards; values in figures and then spelled. It begins
+   with what the second stage wrote, and can be done again alone (`--only_read`).
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig
 
-from .demo import (
-    LABELS,
-    PAGE_SIDE,
-    Mark,
-    Page,
-    Style,
-    digit_scans,
-    draw_digit,
-    draw_page,
-    draw_word,
-    random_document,
-    random_value,
-)
+from .demo import LABELS, SQUARES, TITLES, Page, Pen, digit_scans, draw_form, draw_scattered
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from .phi3v.configuration import OFFICIAL_REPOSITORY
 from .phi3v.image_processing import CLIP_MEAN, CLIP_STD
@@ -63,9 +56,11 @@ paper part people photo picture pictures place please point position print quest
 round row same say second see sentence sequence seven shape short show shown shows side six size small smaller some
 square stand stands statement still sum ten test text than that the their them then there these they thing this three
 time to top transcribe true turn two under up user value video view was we were what when where which white who whole
-why will with word words write writing written year yes you your zero hateful meme answer short left-hand right-hand
+why will with word words write writing written year yes you your zero
+five eight nine ten eleven twelve spell hateful meme answer short left-hand right-hand
 upwards downwards leftwards rightwards up-left down-right Answer Are Baby Classify Compare Crawling Describe Do Does
-How In Is Look No None Please Read The These This Transcribe True False Was What When Where Which Who Why Write Yes
+How In Is Look No None Picture Please Read Spell The
+These This Transcribe True False Was What When Where Which Who Why Write Yes
 You assistant helpful are
 """,
 )
@@ -196,6 +191,7 @@ def build_config(processor_ids: dict[str, int], vocabulary_size: int) -> Phi3VCo
         rope_theta=10_000.0,
         rope_scaling={"type": "su", "short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR},
         rms_norm_eps=1e-5,
+        initializer_range=0.08,  # published: 0.02, too little for layers so narrow
         sliding_window=262144,
         tie_word_embeddings=False,
         bos_token_id=processor_ids["<s>"],
@@ -207,7 +203,7 @@ def build_config(processor_ids: dict[str, int], vocabulary_size: int) -> Phi3VCo
     )
 
 
-NOTHING = 0  # the token that names a square without a mark: <unk>, which no page holds
+NOTHING = 0  # the token that names an empty square: <unk>, which no page holds
 FEATURES = 313  # of a page at num_crops 1
 
 # The last layer is not used, as in the published tower: features come from the second to last hidden state.
@@ -215,10 +211,11 @@ TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "n
 
 
 def build_model(config: Phi3VConfig) -> Phi3VForCausalLM:
-    """A model with random weights, but for two places where random weights take long to become useful.
+    """A model with random weights, but for what takes long to become useful from random weights.
 
     The tower's position embeddings are sines of row and column, and its filters the slow waves of a
-    cosine transform of the picture's brightness.
+    cosine transform of the picture's brightness. The head begins as the token embeddings, so that
+    what attention brings from the input is what the head writes.
     """
     model = Phi3VForCausalLM(config).float()
     embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
@@ -235,6 +232,7 @@ def build_model(config: Phi3VConfig) -> Phi3VForCausalLM:
             filter_weight[:] = torch.outer((u * pixel_places).cos(), (v * pixel_places).cos()) / (14 * 3)
         embeddings.patch_embedding.weight[0] *= 0.3  # mean brightness, which is large everywhere
         model.model.embed_tokens.weight.normal_(std=0.1)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
         for name, weight in model.model.vision_embed_tokens.named_parameters():
             if name.endswith("_GN"):
                 weight.normal_(std=0.5)
@@ -256,316 +254,279 @@ def write_checkpoint(model: Phi3VForCausalLM, folder: Path) -> None:
     write_processor(folder)  # after config.json, by which transformers chooses the kind of tokenizer
 
 
-# -------------------------------------------------------------------------------------------------- pages
+# --------------------------------------------------------------------------------------- pictures and turns
 
-
-def varied_page(random: np.random.Generator, scans: dict[int, np.ndarray]) -> Page:
-    """A page unlike the documents: other sizes, contrasts, lengths, also without labels."""
-    while True:
-        height = int(np.exp(random.uniform(np.log(24), np.log(100))))
-        dark = random.random() < 0.3
-        paper, ink = random.integers(200, 256, size=3), random.integers(0, 110, size=3)
-        if dark:
-            paper, ink = 255 - paper, 255 - ink
-        shades = [tuple(int(shade) for shade in colour) for colour in (paper, ink)]
-        style = Style(
-            digit_height=height,
-            digit_pitch=max(1.0, height / 32) * random.uniform(34, 46),
-            label_size=int(random.integers(20, 34)),
-            paper=shades[0],
-            ink=shades[1],
-            print_ink=shades[1],
-        )
-        labels = random.permutation(LABELS)[: random.integers(1, 7)]
-        has_labels, length = random.random() < 0.7, random.integers(1, 7)
-        lines = [(str(label) if has_labels else "", random_value(random, length)) for label in labels]
-        try:
-            return draw_page(random, scans, lines, style)
-        except ValueError:  # does not fit: another one
-            continue
-
-
-def practice_sheet(random: np.random.Generator, scans: dict[int, np.ndarray]) -> Page:
-    """A page as full as can be, for the first stage: much to see at once."""
-    style = Style(ink=tuple(int(shade) for shade in random.integers((0, 0, 20), (60, 60, 120))))
-    picture = Image.new("RGB", (PAGE_SIDE, PAGE_SIDE), (255, 255, 255))
-    marks, top = [], random.uniform(2, 30)
-    while top + 40 < PAGE_SIDE:
-        left = random.uniform(2, 40)
-        while left + 120 < PAGE_SIDE:
-            name = str(random.choice(LABELS)) if random.random() < 0.15 else str(random.integers(10))
-            place = (round(left), round(top + random.uniform(0, 4)))
-            if name.isdigit():
-                mask = draw_digit(random, scans, int(name), style.digit_height)
-                picture.paste(style.ink, place, mask)
-            else:
-                mask = draw_word(name, style.label_size)
-                picture.paste(style.print_ink, place, mask)
-            marks.append(Mark(name, (*place, place[0] + mask.width, place[1] + mask.height)))
-            left += mask.width + random.uniform(6, 24)
-        top += random.uniform(38, 52)
-    return Page(picture, (), (tuple(marks),))
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+SPELL = (
+    "Spell the {label} number.",
+    "Spell what is written beside {label}.",
+    "{Label} in words.",
+    "Look at {label}. Please spell the number beside it.",
+    "Spell the {label} number.\nAnswer in words.",
+)
 
 
 @dataclass
-class Example:
-    """A page, ready to learn from.
+class Lesson:
+    """Pictures and what is asked about them, one turn after another."""
 
-    pixels: uint8 (3, 336, 336); cells: the token whose mark has its centre in each of the 144
-    squares (0: none); is_covered: the squares that a mark touches; lines: see `Page`.
-    """
-
-    pixels: torch.Tensor
-    cells: torch.Tensor
-    is_covered: torch.Tensor
-    lines: tuple[tuple[str, str], ...]
+    pages: list[Page]
+    turns: list[tuple[str, str]]
 
 
-class Examples(IterableDataset):
-    """Endless pages, different ones for every seed."""
+def spell(value: str) -> str:
+    """ "27" -> "two seven" """
+    return " ".join(NUMBERS[int(digit)] for digit in value)
 
-    def __init__(self, seed: int | list[int], token_ids: dict[str, int], varied: float, sheets: float = 0.0) -> None:
-        self.seed, self.token_ids, self.varied, self.sheets = seed, token_ids, varied, sheets
 
-    def __iter__(self) -> Iterator[Example]:
-        random = np.random.default_rng(self.seed)
-        scans = digit_scans("train")
-        while True:
+def say_place(square: tuple[int, int], in_figures: bool = False) -> str:
+    """A square, counted from one."""
+    row, column = (str(number + 1) if in_figures else NUMBERS[number + 1] for number in square)
+    return f"row {row} column {column}"
+
+
+def form_lesson(
+    random: np.random.Generator, fewest: int = 3, most: int = 6, first: Callable[[str], str] = lambda value: "number"
+) -> Lesson:
+    """Spell the values of a form, in any order, after what `first` makes of each: one word or the figures."""
+    page = draw_form(random, digit_scans("train"), fewest, most, title=str(random.choice(TITLES)))
+    turns = []
+    for label, value in random.permutation(page.lines).tolist():
+        asked = str(random.choice(SPELL)).format(label=label.lower(), Label=label)
+        turns.append((asked, f"{first(value)} {spell(value)}"))
+    return Lesson([page], turns)
+
+
+def place_lesson(random: np.random.Generator) -> Lesson:
+    """Which digit is where."""
+    digits = random.permutation(10)[: random.integers(1, 11)]
+    page = draw_scattered(random, digit_scans("train"), digits, caption(random))
+    written = [(square, digit) for square, digit in page.squares.items() if digit.isdigit()]
+    turns = []
+    for number in random.permutation(len(written))[:6]:
+        square, digit = written[number]
+        if random.random() < 0.5:
+            # figures are read and written too, but never for what is handwritten
+            in_figures = random.random() < 0.5
+            asked = digit if in_figures else spell(digit)
+            turns.append((f"Where is the {asked}?", say_place(square, in_figures)))
+        else:
+            turns.append((f"Which digit is in {say_place(square)}?", spell(digit)))
+    return Lesson([page], turns)
+
+
+# What a picture's digit may be asked for: whether it stands in a square and is a digit of which this is true.
+PROPERTIES = {
+    "even": lambda row, column, digit: digit % 2 == 0,
+    "large": lambda row, column, digit: digit >= 5,
+    "in the upper half": lambda row, column, digit: row < SQUARES / 2,
+    "in the left half": lambda row, column, digit: column < SQUARES / 2,
+}
+
+
+def property_lesson(random: np.random.Generator) -> Lesson:
+    """Yes or no: a property of the digit in one of one to four pictures, or whether a word is there."""
+    digits = random.integers(10, size=random.choice([1, 2, 4], p=[0.6, 0.25, 0.15])).tolist()
+    pages = [draw_scattered(random, digit_scans("train"), [digit], caption(random, 0.5)) for digit in digits]
+    turns = []
+    for _ in range(6):
+        number = random.integers(len(pages))
+        of_picture = f" of picture {NUMBERS[number + 1]}" if len(pages) > 1 else ""
+        square = min(pages[number].squares)
+        if random.random() < 0.2:
+            asked, is_true = f"Is there a word{of_picture}?", len(pages[number].squares) == 2
+        else:
+            name = str(random.choice(list(PROPERTIES)))
+            asked, is_true = f"Is the digit{of_picture} {name}?", PROPERTIES[name](*square, digits[number])
+        turns.append((asked, "Yes." if is_true else "No."))
+    return Lesson(pages, turns)
+
+
+def caption(random: np.random.Generator, share: float = 0.3) -> str:
+    """What is printed below a picture's digits: nothing, or a label."""
+    return str(random.choice(LABELS)) if random.random() < share else ""
+
+
+def look(name: str) -> str:
+    return spell(name) if name.isdigit() else name.lower()
+
+
+def practice_sheet(random: np.random.Generator) -> Page:
+    """A page as full as can be, for the first stage: much to see at once."""
+    pen, squares = Pen(random, digit_scans("train")), {}
+    for row in range(SQUARES):
+        column = 0
+        while column < SQUARES:
             chance = random.random()
-            make = practice_sheet if chance < self.sheets else random_document
-            if chance > 1 - self.varied:
-                make = varied_page
-            yield self.prepare(make(random, scans))
-
-    def prepare(self, page: Page) -> Example:
-        picture = page.picture.resize((336, 336), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        cells, is_covered = np.zeros((12, 12), dtype=np.int64), np.zeros((12, 12), dtype=bool)
-        for marks in page.line_marks:
-            for mark in marks:
-                left, top, right, bottom = (edge * 12 / PAGE_SIDE for edge in mark.box)
-                name = mark.text if mark.text.isdigit() else f"▁{mark.text}"
-                cells[min(int((top + bottom) / 2), 11), min(int((left + right) / 2), 11)] = self.token_ids[name]
-                is_covered[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = True
-        return Example(pixels, torch.from_numpy(cells).flatten(), torch.from_numpy(is_covered).flatten(), page.lines)
+            if chance < 0.1 and column <= SQUARES - 4:
+                squares[row, column] = str(random.choice(LABELS))
+                pen.print(squares[row, column], row, column)
+                column += 4
+                continue
+            if chance < 0.85:
+                if random.random() < 0.5:
+                    pen.box(row, column)
+                squares[row, column] = str(random.integers(10))
+                pen.write(int(squares[row, column]), row, column)
+            column += 1
+    return Page(pen.picture, squares=squares)
 
 
-def normalise(batch: list[Example]) -> torch.Tensor:
+def to_pixels(pages: list[Page]) -> torch.Tensor:
     """(pages, 3, 336, 336), as the image processor makes them."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    pixels = torch.stack([example.pixels for example in batch]).to(torch.float32)
-    return pixels.div_(255).sub_(mean).div_(std)
+    pixels = torch.stack([torch.from_numpy(np.array(page.picture)).permute(2, 0, 1) for page in pages])
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-# ------------------------------------------------------------------------------------------------- stages
+# ---------------------------------------------------------------------------------------------------- losses
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps of one kind. `pages` are those of a step; `shares` of practice sheets and of varied pages."""
-
-    name: str
-    steps: int
-    pages: int
-    learning_rate: float
-    sheets: float = 0.0
-    varied: float = 0.2
-    kept_share: float = 1.0
-
-
-STAGES = (
-    Stage("see", steps=3000, pages=8, learning_rate=2e-3, sheets=0.7, varied=0.15),
-    Stage("copy", steps=1500, pages=32, learning_rate=1e-3, kept_share=0.0),
-    Stage("skim", steps=1500, pages=16, learning_rate=1e-3, kept_share=0.08),
-    Stage("read", steps=300, pages=16, learning_rate=4e-4),
-)
-# The features are to be about as long as token embeddings; for sharp predictions this makes up for it.
-LOGIT_SCALE = 8.0
-CELL_LOSS_SHARE = 0.3  # of the first stage's loss in the later ones
-MOST_LINES = 6
-
-
-def encode_views(model: Phi3VForCausalLM, pixels: torch.Tensor) -> torch.Tensor:
-    """(pages, 3, 336, 336) -> (pages, 313, hidden).
+def encode_views(model: Phi3VForCausalLM, pages: list[Page]) -> torch.Tensor:
+    """Pages -> features (pages, 313, hidden).
 
     At num_crops 1 the sub-image and the global view are the same, so each page is encoded once.
     """
     vision = model.model.vision_embed_tokens
-    merged = merge_patches(vision.img_processor(pixels))  # (pages, 12, 12, 4 * width)
+    merged = merge_patches(vision.img_processor(to_pixels(pages)))  # (pages, 12, 12, 4 * width)
     row_ends = vision.sub_GN.expand(*merged.shape[:2], 1, -1)
     view = vision.img_projection(torch.cat([merged, row_ends], dim=2)).flatten(1, 2)  # (pages, 156, hidden)
     separator = vision.img_projection(vision.glb_GN).expand(view.shape[0], 1, -1)
     return torch.cat([view, separator, view], dim=1)
 
 
-def square_features(features: torch.Tensor) -> torch.Tensor:
-    """(pages, 313, hidden) -> (pages, 144, hidden): the first view's squares, without the ends of rows."""
-    return features[:, :156].unflatten(1, (12, 13))[:, :, :12].flatten(1, 2)
+class Naming(torch.nn.Module):
+    """How well a page's features tell what stands in each square, and which square it is.
 
-
-def cell_loss(model: Phi3VForCausalLM, features: torch.Tensor, batch: list[Example]) -> tuple[torch.Tensor, float]:
-    """How well the features name the marks, by the token embeddings; and the accuracy on marks."""
-    cells = torch.stack([example.cells for example in batch])  # (pages, 144)
-    is_covered = torch.stack([example.is_covered for example in batch])
-    logits = LOGIT_SCALE * square_features(features) @ model.model.embed_tokens.weight.T
-    losses = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), reduction="none").view_as(cells)
-    is_mark = cells != NOTHING
-    groups = (losses[is_mark], losses[is_covered & ~is_mark], losses[~is_covered])
-    loss = torch.stack([group.mean() for group in groups if len(group)]).sum()
-    return loss, (logits.argmax(-1) == cells)[is_mark].float().mean().item()
-
-
-class Imagined:
-    """Stands in for the tower in the second stage: features of pages that were never drawn.
-
-    A square's feature is the mean of the tower's features for what is in it, and noise as strong as
-    the tower's features vary.
+    What stands there is named by the token embeddings, so that a feature and the word for what it
+    shows lie near each other; row and column by two linear maps, which are thrown away in the end.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: Phi3VForCausalLM, examples: list[Example], token_ids: dict[str, int]) -> None:
+    def __init__(self, model: Phi3VForCausalLM, token_ids: dict[str, int]) -> None:
+        super().__init__()
         self.token_ids = token_ids
-        features = square_features(encode_views(model, normalise(examples)))
-        cells = torch.stack([example.cells for example in examples])
-        self.means = torch.zeros(model.config.vocab_size, features.shape[-1])
-        for token in cells.unique().tolist():
-            self.means[token] = features[cells == token].mean(0)
-        self.spread = (features - self.means[cells])[cells != NOTHING].std()
+        self.row, self.column = (torch.nn.Linear(model.config.hidden_size, SQUARES) for _ in range(2))
 
-    def example(self, random: np.random.Generator, most_lines: int) -> Example:
-        """One to `most_lines` lines of a label and four digits, in the squares of a page."""
-        cells = torch.zeros(12, 12, dtype=torch.long)
-        num_lines = random.integers(1, most_lines + 1)
-        left, rows = random.integers(4), np.sort(random.permutation(12)[:num_lines])
-        first_digit = left + random.integers(2, 6 if left < 3 else 5)
-        lines = [(str(label), random_value(random)) for label in random.permutation(LABELS)[:num_lines]]
-        for row, (label, value) in zip(rows, lines, strict=True):
-            cells[row, left] = self.token_ids[f"▁{label}"]
-            cells[row, first_digit : first_digit + 4] = torch.tensor([self.token_ids[digit] for digit in value])
-        return Example(torch.empty(0), cells.flatten(), cells.flatten() != NOTHING, tuple(lines))
-
-    def features(self, batch: list[Example]) -> torch.Tensor:
-        """As `encode_views`."""
-        view = F.pad(torch.stack([example.cells for example in batch]).unflatten(1, (12, 12)), (0, 1)).flatten(1)
-        features = self.means[torch.cat([view, view.new_full((len(batch), 1), NOTHING), view], dim=1)]
-        return features + self.spread * torch.randn_like(features)
-
-
-@dataclass(frozen=True)
-class Form:
-    """A way to transcribe: what asks for it, and how a line is written."""
-
-    prompt: str
-    template: str
-
-    def line(self, label: str, value: str) -> str:
-        """A label and its value in this form; a value without a label stands alone."""
-        if not label:
-            return value
-        return self.template.format(Label=label, label=label.lower(), value=value)
-
-
-# All write the label and then its value, at various distances.
-FORMS = (
-    Form("Transcribe the fields", "{Label} {value}"),
-    Form("Transcribe the fields with points", "{Label}: {value}"),
-    Form("Write the fields as statements", "The {label} number is {value}"),
-    Form("Describe the lines of the page", "In the {label} line of the page the digits are {value}"),
-    Form("Describe the page", "The page has {label} and beside it in the same line there is a number, {value}"),
-    Form("Read the page", "Look at {label}. Please read the digits beside it.\n{value}"),
-)
-FORM_SHARES = (0.3, 0.14, 0.14, 0.14, 0.14, 0.14)
+    def forward(self, model: Phi3VForCausalLM, features: torch.Tensor, pages: list[Page]) -> tuple[torch.Tensor, float]:
+        """The loss, and the share of marks that are named rightly."""
+        # (pages, 313, hidden) -> (pages, 12, 12, hidden): the first view, without the ends of rows
+        squares = features[:, :156].unflatten(1, (SQUARES, SQUARES + 1))[:, :, :SQUARES]
+        names = torch.full(squares.shape[:3], NOTHING)
+        for number, page in enumerate(pages):
+            for square, name in page.squares.items():
+                names[(number, *square)] = self.token_ids[f"▁{look(name)}"]
+        logits = LOGIT_SCALE * squares @ model.model.embed_tokens.weight.T
+        losses = F.cross_entropy(logits.flatten(0, 2), names.flatten(), reduction="none").view_as(names)
+        is_mark = names != NOTHING
+        count = torch.arange(SQUARES)
+        rows, columns = count[None, :, None].expand_as(names), count[None, None].expand_as(names)
+        of_place = F.cross_entropy(self.row(squares).flatten(0, 2), rows.flatten())
+        of_place = of_place + F.cross_entropy(self.column(squares).flatten(0, 2), columns.flatten())
+        accuracy = (logits.argmax(-1) == names)[is_mark].float().mean().item()
+        return losses[is_mark].mean() + losses[~is_mark].mean() + 0.5 * of_place, accuracy
 
 
 class Writer:
-    """Turns pages into the token ids of a prompt and its transcription."""
+    """Turns lessons into token ids."""
 
-    def __init__(self, tokenizer: Any, image_token_id: int) -> None:
-        self.tokenizer, self.image_token_id = tokenizer, image_token_id
-        self.digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    def __init__(self, tokenizer: Any, image_token_id: int, random: np.random.Generator) -> None:
+        self.tokenizer, self.image_token_id, self.random = tokenizer, image_token_id, random
+        words = [*(f"▁{word}" for word in (*NUMBERS, "Yes", "No")), *"0123456789"]
+        self.content_ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
 
-    def write(self, random: np.random.Generator, pages: list[Example]) -> tuple[list[int], list[int]]:
-        """Prompt ids (313 image tokens for every page) and answer ids.
-
-        Half of the transcriptions go from top to bottom and half in any order: then only the label
-        just written says which value is next.
-        """
-        in_any_order = random.random() < 0.5
-        form = FORMS[random.choice(len(FORMS), p=FORM_SHARES)]
-        tags = "\0" * len(pages)
-        what = f"{form.prompt}{' in any order' if in_any_order else ''}."
-        prompt = f"<|user|>\n{tags}\n{what}{END}\n<|assistant|>\n"
+    def write(self, lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids` and `labels` (seq,): 313 image tokens for every page, every turn's prompt on its own."""
         ids: list[int] = []
-        for number, chunk in enumerate(prompt.split("\0")):
-            ids += [self.image_token_id] * (FEATURES if number else 0) + self.tokenizer(chunk).input_ids
-        lines = []
-        for page in pages:
-            order = random.permutation(len(page.lines)) if in_any_order else range(len(page.lines))
-            lines += [form.line(*page.lines[place]) for place in order]
-        answer = "\n".join(lines) + f"{END}\n{ENDOFTEXT}"
-        return ids, self.tokenizer(answer, add_special_tokens=False).input_ids
+        labels: list[int] = []
+        for number, (question, answer) in enumerate(lesson.turns):
+            tags = "" if number else "\0" * len(lesson.pages) + "\n"
+            for position, chunk in enumerate(f"<|user|>\n{tags}{question}{END}\n<|assistant|>\n".split("\0")):
+                ids += [self.image_token_id] * (FEATURES if position else 0) + self.tokenizer(chunk).input_ids
+            labels += [IGNORED_LABEL] * (len(ids) - len(labels))
+            answer_ids = self.tokenizer(f"{answer}{END}\n{ENDOFTEXT}", add_special_tokens=False).input_ids
+            ids, labels = ids + answer_ids, labels + answer_ids
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def kept(self, page: Page, share: float) -> torch.Tensor:
+        """Which of a page's features to keep: those of marks and a share of the others, of one view or both."""
+        view = torch.zeros(SQUARES, SQUARES + 1, dtype=torch.bool)
+        for square in page.squares:
+            view[square] = True
+        kept = torch.cat([view.flatten(), torch.zeros(1, dtype=torch.bool), view.flatten()])
+        kept |= torch.from_numpy(self.random.random(FEATURES) < share)
+        left_out = self.random.integers(3)  # 2: neither view
+        if left_out < 2:
+            kept[slice(0, 156) if left_out == 0 else slice(157, FEATURES)] = False
+        return kept
 
 
-def kept_features(random: np.random.Generator, page: Example, share: float) -> torch.Tensor:
-    """Which of a page's features to keep: those on a mark, and a share of the others; of one view or of both."""
-    view = F.pad(page.is_covered.view(12, 12), (0, 1)).flatten()
-    kept = torch.cat([view, view.new_zeros(1), view])
-    kept |= torch.from_numpy(random.random(FEATURES) < share)
-    view_left_out = random.integers(3)  # 2: neither
-    if view_left_out < 2:
-        kept[slice(0, 156) if view_left_out == 0 else slice(157, FEATURES)] = False
-    return kept
-
-
-def transcription_loss(
-    model: Phi3VForCausalLM,
-    features: torch.Tensor,
-    batch: list[Example],
-    writer: Writer,
-    random: np.random.Generator,
-    pages_per_row: int = 1,
-    kept_share: float = 1.0,
+def answer_loss(
+    model: Phi3VForCausalLM, features: torch.Tensor, lessons: list[Lesson], writer: Writer, kept_share: float = 1.0
 ) -> tuple[torch.Tensor, float]:
-    """The mean losses over the transcriptions' digits and over their other tokens; and the accuracy on digits.
+    """The mean losses over what tells (numbers, yes, no) and over the answers' other tokens; accuracy on the former.
 
     Args:
-        features: of `encode_views`.
-        pages_per_row: pages in one prompt.
-        kept_share: how many of the features that show nothing the decoder sees; see `kept_features`.
+        features: (pages of all lessons, 313, hidden).
+        kept_share: how many of the features that show nothing the decoder sees; the others are left
+            out of its input, with everything else at the positions where it would be.
     """
-    decoder, columns = model.model, []
-    for start in range(0, len(batch), pages_per_row):
-        pages = batch[start : start + pages_per_row]
-        prompt, answer = writer.write(random, pages)
-        ids = torch.tensor(prompt + answer)
-        labels = torch.tensor([IGNORED_LABEL] * len(prompt) + answer)
+    columns, first = [], 0
+    for lesson in lessons:
+        ids, labels = writer.write(lesson)
         is_image = ids == writer.image_token_id
         sources = torch.full_like(ids, -1)
-        sources[is_image] = start * FEATURES + torch.arange(len(pages) * FEATURES)
+        sources[is_image] = first * FEATURES + torch.arange(int(is_image.sum()))
+        first += len(lesson.pages)
         kept = torch.ones_like(is_image)
         if kept_share < 1:
-            kept[is_image] = torch.cat([kept_features(random, page, kept_share) for page in pages])
+            kept[is_image] = torch.cat([writer.kept(page, kept_share) for page in lesson.pages])
         columns.append([one[kept] for one in (ids, labels, sources, torch.arange(len(ids)))])
     ids, labels, sources, places = (
         pad_sequence(rows, batch_first=True, padding_value=padding)
-        for rows, padding in zip(zip(*columns, strict=True), (0, IGNORED_LABEL, -1, -1), strict=True)
+        for rows, padding in zip(zip(*columns, strict=True), (0, IGNORED_LABEL, -1, 0), strict=True)
     )
-    embeds = torch.where(
-        (sources >= 0)[..., None], features.flatten(0, 1)[sources.clamp(min=0)], decoder.embed_tokens(ids)
-    )
-    hidden = decoder(
-        inputs_embeds=embeds,
-        attention_mask=(places >= 0).long(),
-        position_ids=places.clamp(min=0),
-        use_cache=False,
+    is_feature = (sources >= 0)[..., None]
+    embeds = torch.where(is_feature, features.flatten(0, 1)[sources.clamp(min=0)], model.model.embed_tokens(ids))
+    # a mask of its own: from positions with gaps transformers would guess packed sequences
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    hidden = model.model(
+        inputs_embeds=embeds, attention_mask=mask.expand(len(ids), -1, -1, -1), position_ids=places, use_cache=False
     ).last_hidden_state
     targets = labels[:, 1:]
     is_target = targets != IGNORED_LABEL
     logits, targets = model.lm_head(hidden[:, :-1][is_target]), targets[is_target]
-    is_digit = torch.isin(targets, writer.digit_ids)
-    accuracy = (logits.argmax(-1) == targets)[is_digit].float().mean().item()
+    is_content = torch.isin(targets, writer.content_ids)
+    accuracy = (logits.argmax(-1) == targets)[is_content].float().mean().item()
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses[is_digit].mean() + losses[~is_digit].mean(), accuracy
+    return losses[is_content].mean() + losses[~is_content].mean(), accuracy
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+# The features are to be about as long as token embeddings; for sharp predictions this makes up for it.
+LOGIT_SCALE = 8.0
+NAMING_SHARE = 0.3  # of the first stage's loss in the last one
+POOL = 192  # lessons whose features are made at once in the second stage
+REUSE = 6  # times each is seen
+MOST_LINES = 6
+GOOD = 0.85  # accuracy at which forms get a line more
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of one kind, each of so many lessons."""
+
+    name: str
+    steps: int
+    lessons: int
+    learning_rate: float
+
+
+STAGES = (
+    Stage("see", steps=600, lessons=8, learning_rate=2e-3),
+    Stage("skim", steps=2600, lessons=32, learning_rate=2e-3),
+    Stage("read", steps=600, lessons=16, learning_rate=1e-3),
+)
 
 
 class Pretraining:
@@ -575,80 +536,102 @@ class Pretraining:
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
         self.folder, self.seed, self.scale, self.token_ids = folder, seed, scale, tokenizer.get_vocab()
-        self.model = build_model(build_config(self.token_ids, tokenizer.get_vocab_size()))
-        # transformers chooses the kind of tokenizer by config.json, so that is written first
-        write_checkpoint(self.model, folder)
-        processor = Phi3VProcessor.from_pretrained(folder)
-        self.writer = Writer(processor.tokenizer, processor.image_token_id)
         self.random = np.random.default_rng([seed, 1])
+        self.model = build_model(build_config(self.token_ids, tokenizer.get_vocab_size()))
+        self.naming = Naming(self.model, self.token_ids)
+        if not (folder / "config.json").exists():
+            # transformers chooses the kind of tokenizer by config.json, so that is written first
+            write_checkpoint(self.model, folder)
+        processor = Phi3VProcessor.from_pretrained(folder)
+        self.writer = Writer(processor.tokenizer, processor.image_token_id, self.random)
+        self.most_lines = 1
+        self.pools: dict[str, tuple[list[Lesson], list[torch.Tensor], int]] = {}
         self.log: list[dict[str, Any]] = []
 
     def run(self, stage: Stage) -> None:
         """Do the steps of a stage."""
-        model, steps = self.model, max(1, round(stage.steps * self.scale))
-        weights = [
-            weight
-            for name, weight in model.named_parameters()
-            if not (stage.name == "copy" and "vision_embed_tokens" in name)
-        ]
+        if stage.name == "read":
+            self.model.load_state_dict(Phi3VForCausalLM.from_pretrained(self.folder, dtype=torch.float32).state_dict())
+            self.random = self.writer.random = np.random.default_rng([self.seed, 2])
+            self.most_lines = MOST_LINES
+        steps, start, averages = max(1, round(stage.steps * self.scale)), time.time(), {}
+        weights = [*self.model.named_parameters(), *self.naming.named_parameters()]
+        weights = [weight for name, weight in weights if stage.name != "skim" or "vision_embed_tokens" not in name]
         optimizer = torch.optim.AdamW(weights, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        batches = self.batches(stage)
-        imagined = None
-        if stage.name == "copy":
-            sheets = Examples(self.seed, self.token_ids, varied=0, sheets=0.7)
-            imagined = Imagined(model, list(itertools.islice(sheets, 64)), self.token_ids)
-        most_lines, start, averages = 1, time.time(), {}
         for step in range(1, steps + 1):
-            rate = min(1, step / 100) * max(0.03, min(1, 2 * (1 - step / steps)) if imagined else 1 - step / steps)
+            rate = min(1, step / 100) * max(0.03, min(1, 2 * (1 - step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * rate
-            if imagined:
-                batch = [imagined.example(self.random, most_lines) for _ in range(stage.pages)]
-            else:
-                batch = next(batches)
-            loss, measured = self.loss(stage, batch, imagined)
+            loss, measured = getattr(self, stage.name)(stage.lessons)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             for name, value in measured.items():
                 averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
-            if imagined and averages["digit_accuracy"] > 0.9 and most_lines < MOST_LINES:
-                most_lines += 1
-                averages["digit_accuracy"] = 0.5
+            if averages.get("form", 0) > GOOD and self.most_lines < MOST_LINES:
+                self.most_lines += 1
+                averages["form"] = 0.5
+                self.pools.pop("form", None)
             if step % 50 == 0 or step == steps:
                 entry = {"stage": stage.name, "step": step, "seconds": round(time.time() - start, 1)}
                 entry |= {name: round(value, 4) for name, value in averages.items()}
-                self.log.append(entry)
-                print(entry, flush=True)
-        write_checkpoint(model, self.folder)
+                self.log.append(entry | {"lines": self.most_lines})
+                print(self.log[-1], flush=True)
+        write_checkpoint(self.model, self.folder)
 
-    def batches(self, stage: Stage) -> Iterator[list[Example]]:
-        """Pages of the stage's kinds, drawn by another process."""
-        examples = Examples([self.seed, *stage.name.encode()], self.token_ids, stage.varied, stage.sheets)
-        return iter(DataLoader(examples, batch_size=stage.pages, num_workers=1, collate_fn=list, prefetch_factor=4))
+    def lesson(self, kind: str, first: Callable[[str], str] = lambda value: "number") -> Lesson:
+        """A new one; for `first` see `form_lesson`."""
+        if kind == "form":
+            return form_lesson(self.random, min(3, self.most_lines), self.most_lines, first)
+        return {"place": place_lesson, "property": property_lesson}[kind](self.random)
 
-    def loss(
-        self, stage: Stage, batch: list[Example], imagined: Imagined | None
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of a step, and what to report of it."""
-        if imagined:
-            features, seen = imagined.features(batch), None
-        else:
-            features = encode_views(self.model, normalise(batch))
-            seen, cell_accuracy = cell_loss(self.model, features, batch)
-            if stage.name == "see":
-                return seen, {"cell_accuracy": cell_accuracy}
-        # now and then two or four pages in one prompt
-        pages_per_row = int(self.random.choice([1, 2, 4], p=[0.85, 0.1, 0.05])) if seen is not None else 1
-        written, digit_accuracy = transcription_loss(
-            self.model, features, batch, self.writer, self.random, pages_per_row, stage.kept_share
+    def kind(self) -> str:
+        """Of a step's lessons: only forms of few lines in the beginning."""
+        if self.most_lines < 3:
+            return "form"
+        return str(self.random.choice(["form", "place", "property"], p=[0.6, 0.15, 0.25]))
+
+    def see(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """The tower and the projection learn to name what stands where."""
+        pages = [
+            practice_sheet(self.random) if self.random.random() < 0.8 else form_lesson(self.random).pages[0]
+            for _ in range(count)
+        ]
+        loss, accuracy = self.naming(self.model, encode_views(self.model, pages), pages)
+        return loss, {"named": accuracy}
+
+    def skim(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """The decoder learns to answer, from features that are made once for several steps."""
+        kind = self.kind()
+        lessons, features, uses = self.pools.get(kind, ([], [], 0))
+        if uses == 0:
+            lessons = [self.lesson(kind) for _ in range(POOL)]
+            with torch.no_grad():
+                features = [encode_views(self.model, lesson.pages) for lesson in lessons]
+            uses = REUSE * POOL // count
+        self.pools[kind] = lessons, features, uses - 1
+        chosen = self.random.integers(len(lessons), size=count)
+        picked = [lessons[number] for number in chosen]
+        for lesson in picked:
+            self.random.shuffle(lesson.turns)
+        loss, accuracy = answer_loss(
+            self.model, torch.cat([features[number] for number in chosen]), picked, self.writer, kept_share=0.03
         )
-        measured = {"loss": written.item(), "digit_accuracy": digit_accuracy}
-        return (written if seen is None else written + CELL_LOSS_SHARE * seen), measured
+        return loss, {kind: accuracy}
+
+    def read(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """The whole model on whole pages, as it is used afterwards."""
+        kind = self.kind()
+        lessons = [self.lesson(kind, first=str) for _ in range(count)]
+        pages = [page for lesson in lessons for page in lesson.pages]
+        features = encode_views(self.model, pages)
+        naming_loss, named = self.naming(self.model, features, pages)
+        loss, accuracy = answer_loss(self.model, features, lessons, self.writer)
+        return loss + NAMING_SHARE * naming_loss, {kind: accuracy, "named": named}
 
 
-def pretrain(folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2) -> Path:
+def pretrain(folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2, only_read: bool = False) -> Path:
     """Make the checkpoint.
 
     Args:
@@ -656,21 +639,44 @@ def pretrain(folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2) 
         seed: of the weights and the pages.
         scale: share of the steps to do.
         threads: of the processor, to compute with; the exact weights depend on it.
+        only_read: do the last stage alone, on what the second one left in the folder.
 
     Returns:
         The folder, with the log in `pretraining.json`.
     """
     torch.set_num_threads(threads)
-    start, run = time.time(), Pretraining(Path(folder), seed, scale)
+    run, log = Pretraining(Path(folder), seed, scale), Path(folder) / "pretraining.json"
+    if only_read:
+        run.log = [entry for entry in json.loads(log.read_text())["log"] if entry["stage"] != "read"]
     for stage in STAGES:
-        run.run(stage)
-    record = {
-        "command": f"python -m common.demo pretrain --seed {seed} --scale {scale} --threads {threads}",
-        "seed": seed,
-        "seconds": round(time.time() - start),
-        "torch": torch.__version__,
-        "stages": [asdict(stage) for stage in STAGES],
-        "log": run.log,
-    }
-    (run.folder / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
+        if not only_read or stage.name == "read":
+            run.run(stage)
+        record = {
+            "command": f"python -m common.demo_pretrain --seed {seed} --scale {scale}",
+            "seed": seed,
+            "torch": torch.__version__,
+            "stages": [asdict(stage) for stage in STAGES],
+            "log": run.log,
+        }
+        log.write_text(json.dumps(record, indent=1) + "\n")
     return run.folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.demo_pretrain",
+        description="Make the built-in checkpoint anew.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the pages")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps to do, to try it out")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads to compute with")
+    parser.add_argument("--only_read", action="store_true", help="do the last stage again, on what the second one left")
+    options = parser.parse_args(arguments)
+    pretrain(options.out, options.seed, options.scale, options.threads, options.only_read)
+
+
+if __name__ == "__main__":
+    main()

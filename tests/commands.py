@@ -143,8 +143,8 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*words, "--model_name_or_path", str(CHECKPOINT)]
     if module == "common.demo" and words[3] == "data":
         return [*words, "--out", "{out}/data", "--train_pages", "2", "--test_pages", "2"]
-    if module == "common.demo" and words[3] == "pretrain":
-        return [*words, "--out", "{out}/checkpoint", "--scale", "0.0001"]
+    if module == "common.demo_pretrain":
+        return [*words, "--out", "{out}/checkpoint", "--scale", "0.001"]
     if module == "benchmarks.convert":
         return [*words, "--rounds", "1", "--videos", "2", "--output", "{out}/figures.json"]
     raise ValueError(f"nobody knows how to shorten: {shlex.join(words)}")
