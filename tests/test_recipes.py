@@ -166,6 +166,7 @@ def test_every_command_is_accepted_by_its_script(monkeypatch, tmp_path, table, r
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "stand-in")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("WORLD_SIZE", str(recipes.PUBLISHED_PROCESSES))
     words = recipes.script_command(table, recipe)
     monkeypatch.setattr(sys, "argv", words)
