@@ -1,0 +1,145 @@
+"""Whether every fast path has the reference's gradients: run before anything is timed.
+
+    python -m benchmarks.agree
+
+A small model with heads as wide as the published ones takes the step on two pages with eight questions in every way:
+one by one, packed, shared, recomputed, with every attention that runs here. In float32 each gradient is held to the
+reference's with eager attention; in bfloat16 the whole gradient may be at most twice as far from the reference's in
+float32 as the reference's own in bfloat16 is. What does not run here is said. Exit code 1 where something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from benchmarks.measuring import RESULTS, header, make_page, print_table, write_json
+from benchmarks.throughput import Runner, Variant
+
+REFERENCE = "reference:attention=eager"
+FLOAT32 = (
+    *("reference", "single", "single:tokens=4096", "shared", "shared:tokens=4096", "shared:recompute=full,crops=2"),
+    *("single:tokens=4096,attention=flex_attention", "shared:tokens=4096,attention=flex_attention"),
+    "shared:recompute=full,attention=flex_attention",
+)
+BFLOAT16 = (
+    *("single", "shared", "single:tokens=4096", "shared:attention=flex_attention"),
+    *("single:attention=flash_attention_2", "single:tokens=4096,attention=flash_attention_2"),
+)
+# Relative, of one parameter's gradient: float32 sums in another order; found on a CPU are 3e-6.
+TOLERANCE = 1e-4
+NO_GRADIENT = "k_proj.bias"  # 0 in exact arithmetic: compared with the whole gradient
+
+
+def gradients(runner: Runner, name: str, pages: list[Any]) -> dict[str, torch.Tensor]:
+    """Every trained parameter's gradient, in double precision."""
+    for parameter in runner.trained:
+        parameter.grad.zero_()
+    runner.turn(Variant.parse(name), pages)
+    named = runner.model.named_parameters()
+    return {key: parameter.grad.to(torch.float64, copy=True) for key, parameter in named if parameter.requires_grad}
+
+
+def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a parameter's gradient, and whose it is."""
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    differences = []
+    for name, gradient in wanted.items():
+        norm = whole if name.endswith(NO_GRADIENT) else gradient.norm()
+        differences.append((float((found[name] - gradient).norm() / norm), name))
+    return max(differences)
+
+
+def whole_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The whole gradient's relative difference."""
+    differences, norms = (
+        [one.norm() for one in many] for many in ([found[n] - wanted[n] for n in wanted], wanted.values())
+    )
+    return float(torch.stack(differences).norm() / torch.stack(norms).norm())
+
+
+def draw_weights(model: torch.nn.Module) -> None:
+    """Weights that keep activations large: with the initial ones a wrong position would hardly show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                continue
+            is_large = name.endswith(("model.embed_tokens.weight", "position_embedding.weight", "_GN"))
+            scale = 1.0 if is_large else parameter[0].numel() ** -0.5
+            drawn = torch.randn(parameter.shape, generator=generator) * (0.02 if name.endswith("bias") else scale)
+            parameter.copy_(drawn.to(torch.bfloat16))  # what both precisions can hold
+
+
+def why_not(variant: str, device: torch.device) -> str | None:
+    """Why a variant cannot run here."""
+    if "flash_attention_2" in variant and not is_flash_attn_2_available():
+        return "flash-attn is not installed"
+    if "flex_attention" in variant and device.type == "cpu":
+        return "FlexAttention has no backward pass on a CPU"
+    return None
+
+
+def measure(device: torch.device, size: str = "small", page_width: int = 500) -> dict[str, Any]:
+    """Every path's difference, its tolerance, and what was left out."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    about = header(device)
+    pages = [make_page(number, (page_width, round(page_width * 2200 / 1700))) for number in range(2)]
+    rows, left_out, wanted, own_error = [], {}, None, None
+    for dtype, variants in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
+        runner = Runner(size, "full", 4, device, dtype)
+        draw_weights(runner.model)
+        reference = gradients(runner, REFERENCE, pages)
+        if wanted is None:
+            wanted = reference
+        else:
+            own_error = whole_difference(reference, wanted)
+        for name in variants:
+            reason = why_not(name, device)
+            if reason:
+                left_out[f"{name}, {dtype}"] = reason
+                continue
+            found = gradients(runner, name, pages)
+            if own_error is None:
+                (difference, parameter), tolerance = worst_difference(found, wanted), TOLERANCE
+            else:
+                difference, parameter, tolerance = whole_difference(found, wanted), "all", 2 * own_error
+            rows.append(
+                {
+                    "variant": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "difference": float(f"{difference:.3g}"),
+                    "of": parameter,
+                    "tolerance": float(f"{tolerance:.3g}"),
+                    "agrees": difference <= tolerance,
+                }
+            )
+    return {**about, "size": size, "reference": REFERENCE, "rows": rows, "left_out": left_out}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare gradients of every path.", allow_abbrev=False)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", default="small", help="of the model (%(default)s)")
+    parser.add_argument("--page_width", type=int, default=500, help="pixels (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "agree.json", help="(%(default)s)")
+    options = parser.parse_args()
+    result = measure(torch.device(options.device), options.size, options.page_width)
+    rows = [
+        [*(row[name] for name in ("variant", "dtype", "difference", "tolerance")), "ok" if row["agrees"] else "DIFFERS"]
+        for row in result["rows"]
+    ]
+    print_table(["variant", "precision", "difference of gradients", "allowed", ""], rows)
+    for name, reason in result["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    write_json(options.output, result)
+    sys.exit(0 if all(row["agrees"] for row in result["rows"]) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The comparison on a CPU: ours against the reference's way of the same step, side by side (`make bench`).
+
+    python -m benchmarks.cpu
+
+A decoder of 106 M parameters in its layers, a tower of four layers of width 1,024, ten pages of 1700x2200 at
+`num_crops=4` with 3.9 questions each; every variant takes its turn on every page. Then the image processors at
+`num_crops=16`, and the evaluation. Writes `benchmarks/results/cpu.json`; the last line prints its ratios: ours against
+the reference's way, more is better except for memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import evaluate, preprocess, throughput
+from benchmarks.measuring import RESULTS, header, write_json
+
+# What is recomputed is chosen for speed within six tenths of the reference's memory.
+SINGLE, SHARED = "single", "shared"
+VARIANTS = {"full": ("reference", SINGLE, SHARED), "frozen": ("reference", SHARED)}
+
+
+def ratio(result: dict[str, Any], name: str, key: str) -> float:
+    """A variant's figure by the reference's."""
+    return round(result["variants"][name][key] / result["variants"]["reference"][key], 3)
+
+
+def summarise(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The ratios, over all turns together."""
+    full, frozen = parts["full"], parts["frozen"]
+    return {
+        "ratio_full": ratio(full, SINGLE, "questions_per_second"),
+        "ratio_full_shared": ratio(full, SHARED, "questions_per_second"),
+        "ratio_frozen_shared": ratio(frozen, SHARED, "questions_per_second"),
+        # the larger of the two
+        "memory_ratio": max(ratio(full, name, "peak_above_gb") for name in (SINGLE, SHARED)),
+        "memory_ratio_frozen": ratio(frozen, SHARED, "peak_above_gb"),
+        "ratio_preprocess": round(parts["preprocess"]["times_as_fast"]["median"], 3),
+        "ratio_evaluate": round(parts["evaluate"]["times_as_fast"]["median"], 3),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The comparison on a CPU.", allow_abbrev=False)
+    parser.add_argument("--size", default="cpu", help="of the model (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="pages, each in every variant's turn (%(default)s)")
+    parser.add_argument("--page_width", type=int, default=1700, help="pixels; 1.29 times as high (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    about = header(torch.device("cpu"))
+    where = ["--size", options.size, "--device", "cpu", "--dtype", "float32", "--num_crops", "4"]
+    where += ["--page_width", str(options.page_width), "--rounds", str(options.rounds), "--pages_per_turn", "1"]
+    parts = {}
+    for method, variants in VARIANTS.items():
+        # two questions of each page tell a one-question way's speed
+        given = [*where, "--method", method, "--questions_per_page", "2", "--num_workers", "0", "--compare", *variants]
+        parts[method] = throughput.measure(throughput.parse_options(given))
+        throughput.print_result(parts[method])
+    parts["preprocess"] = preprocess.measure(num_crops=16, rounds=3 * options.rounds, page_width=options.page_width)
+    preprocess.print_result(parts["preprocess"])
+    given = [*where[:-2], "--rounds", str(max(1, options.rounds * 2 // 5))]
+    parts["evaluate"] = evaluate.measure(evaluate.make_parser().parse_args(given))
+    evaluate.print_result(parts["evaluate"])
+    ratios = summarise(parts)
+    write_json(options.output, {**about, "minutes": round((time.perf_counter() - began) / 60, 1), **ratios, **parts})
+    print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""`benchmarks/RESULTS.md`, made from `benchmarks/results/*.json` and the rows of `tools/published.json` alone.
+
+python -m benchmarks.render
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import RESULTS, in_words, markdown
+
+PAGE = Path(__file__).with_name("RESULTS.md")
+PUBLISHED = Path(__file__).parent.parent / "tools" / "published.json"
+NOT_MEASURED = "not measured"
+METHOD_NAMES = {"full": "full fine-tuning", "frozen": "frozen image model", "lora": "LoRA", "qlora": "QLoRA"}
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn", "liger-kernel", "pillow", "av")
+
+
+def read(folder: Path, name: str) -> dict[str, Any] | None:
+    """A result, or None where nobody has measured it."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    """When, where and with what."""
+    machine = result["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    if "gpu" in machine:
+        where = f"{machine['gpu']} ({machine['gpu_gb']:.0f} GB), CUDA {machine['cuda']}"
+    versions = [f"{name} {machine[name]}" for name in LIBRARIES if name in machine]
+    load = result.get("load_average_before")
+    busy = f"; load before the run {load:.2f}" if isinstance(load, float) else ""
+    return f"{result['date']}; {where}; Python {machine['python']}, {', '.join(versions)}{busy}.\n"
+
+
+def variants_table(result: dict[str, Any]) -> str:
+    """A method's variants, one a row."""
+    on_gpu = "gpu" in result["machine"]
+    peak = "peak_gb" if on_gpu else "peak_above_gb"
+    where = "peak memory" if on_gpu else "peak memory above weights, gradients and optimizer state"
+    names = ["variant", "questions/s", f"times as fast as `{result['first']}`", "tokens/s", "tokens per question"]
+    names += ["of the matrix ceiling", where, "waiting for data"]
+    rows = []
+    for name, figures in result["variants"].items():
+        if "left_out" in figures:
+            rows.append([f"`{name}`", "left out: " + figures["left_out"].split(". ")[0][:80], *[""] * 6])
+            continue
+        ratio = result["times_as_fast_as_the_first"].get(name)
+        memory = f"{figures[peak]:.2f} GB" if peak in figures else NOT_MEASURED
+        rows.append(
+            [
+                f"`{name}`",
+                f"{figures['questions_per_second']:.3g}",
+                in_words(ratio) if ratio else "",
+                f"{figures['tokens_per_second']:.0f}",
+                f"{figures['tokens_per_question']:.0f}",
+                f"{figures['model_flop_utilisation']:.0%}",
+                memory,
+                f"{figures['share_waiting_for_data']:.1%}",
+            ]
+        )
+    about = f"{METHOD_NAMES[result['method']]}, `num_crops={result['num_crops']}`, {result['dtype']}, "
+    about += f"{result['parameters']['trained'] / 1e6:.0f} M weights train; a matrix product reaches "
+    return f"{about}{result['matrix_tflops']:.2f} TFLOP/s.\n\n{markdown(names, rows)}"
+
+
+# --- sections
+
+
+def on_a_cpu(folder: Path) -> str:
+    """The comparison behind `make bench`."""
+    text = "## On a CPU: the same step, ours and the reference's way\n\n"
+    result = read(folder, "cpu.json")
+    if result is None:
+        return text + f"`make bench`: {NOT_MEASURED}.\n"
+    ratios = {name: value for name, value in result.items() if name.startswith(("ratio_", "memory_ratio"))}
+    size = result["full"]["page_size"]
+    text += f"`make bench`, {result['minutes']:.0f} minutes. {machine_line(result)}\n"
+    layers = result["full"]["parameters"]["decoder_layers"] / 1e6
+    text += (
+        f"A decoder of {layers:.0f} M parameters in its layers, a tower of four layers of width 1,024, pages of "
+        f"{size[0]}x{size[1]}. Ratios are the reference's time by ours over all turns (for memory ours by the "
+        "reference's); in the tables the median of neighbouring turns, smallest and largest.\n\n"
+    )
+    text += markdown(["ratio", "measured"], [[f"`{name}`", f"{value:.2f}"] for name, value in ratios.items()])
+    for method in ("full", "frozen"):
+        text += f"\n{variants_table(result[method])}"
+    one, other = result["preprocess"], result["evaluate"]
+    rows = [[name, in_words(figures)] for name, figures in one["milliseconds"].items()]
+    text += (
+        f"\nThe image processor on one core, a page at `num_crops={one['num_crops']}`, the same pixels bit for bit: "
+    )
+    text += f"{in_words(one['times_as_fast'])} times as fast.\n\n{markdown(['way', 'ms per page'], rows)}"
+    rows = [[name, in_words(figures)] for name, figures in other["questions_per_second"].items()]
+    text += f"\nEvaluation, {other['questions_per_page']} questions a page, answers of {other['new_tokens']} tokens, "
+    text += f"`num_crops={other['num_crops']}`: {in_words(other['times_as_fast'])} times as fast; "
+    return text + f"{other['same_answers']} answers are the same.\n\n{markdown(['way', 'questions/s'], rows)}"
+
+
+def on_a_gpu(folder: Path) -> str:
+    """Every method beside the published rows."""
+    speed = json.loads(PUBLISHED.read_text())["speed"]
+    published = [row for row in speed["machines"][0]["rows"] if row["nodes"] == 1 and row["flash_attention"]]
+    measured = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_*.json"))]
+    steps = [one for one in measured if "method" in one and one["size"] == "published" and "gpu" in one["machine"]]
+    text = "## On one GPU, beside the published rows\n\n"
+    text += (
+        f"Published: {speed['machines'][0]['title']}, flash attention, one question a page, DocVQA, mean sequence "
+        f"{speed['mean_sequence_tokens']:.0f} tokens, `num_crops={speed['num_crops']}`, effective batch "
+        f"{speed['batch_size']}. Measured here: `benchmarks/gpu.sh`, the full model size with random weights, one "
+        "process; images/s are questions/s at one question a page, as in the published rows. (The published frozen row "
+        "is no measure for ours: every decoder layer trained and recomputed at that length, 31.7 images/s would take "
+        "more than the peak of eight A100s.)\n\n"
+    )
+    names = ["method", "published: images/s, 8 GPUs", "by GPU", "peak memory", "measured here on", "images/s"]
+    names += ["times one A100", "peak memory", "questions/s, pages shared", "times the node"]
+    rows = []
+    for row in published:
+        node = row["images_per_second"]
+        about = [METHOD_NAMES[row["method"]], f"{node:.2f}", f"{node / row['gpus']:.2f}", f"~{row['peak_gpu_gb']} GB"]
+        own = [one for one in steps if one["method"] == row["method"]]
+        rows += [[*about, *fastest(one, node, row["gpus"])] for one in own] or [[*about, NOT_MEASURED, *[""] * 5]]
+    text += markdown(names, rows)
+    for one in steps:
+        text += f"\n{machine_line(one)}\n{variants_table(one)}"
+    for one in measured:
+        if "rows" in one:
+            text += f"\n{agreement(one)}"
+    return text
+
+
+def fastest(result: dict[str, Any], node: float, gpus: int) -> list[str]:
+    """The cells of the fastest variant with one question a page, and with all of them."""
+    cells = [result["machine"]["gpu"]]
+    ran = {name: figures for name, figures in result["variants"].items() if "left_out" not in figures}
+    for way in ("single", "shared"):
+        own = [figures for name, figures in ran.items() if name.partition(":")[0] == way]
+        if not own:
+            cells += [NOT_MEASURED, *[""] * (2 if way == "single" else 1)]
+            continue
+        best = max(own, key=lambda figures: figures["questions_per_second"])
+        speed = best["questions_per_second"]
+        if way == "single":
+            cells += [f"{speed:.2f}", f"{speed / (node / gpus):.1f}", f"{best['peak_gb']:.1f} GB"]
+        else:
+            cells += [f"{speed:.2f}", f"{speed / node:.2f}"]
+    return cells
+
+
+def agreement(result: dict[str, Any]) -> str:
+    """What `benchmarks/agree.py` found."""
+    rows = [
+        [f"`{row['variant']}`", row["dtype"], f"{row['difference']:.1e}", f"{row['tolerance']:.1e}", row["agrees"]]
+        for row in result["rows"]
+    ]
+    text = f"Gradients of a small model against `{result['reference']}` in float32. {machine_line(result)}\n"
+    text += markdown(["variant", "precision", "relative difference", "allowed", "agrees"], rows)
+    return text + "".join(f"\nLeft out: `{name}`: {reason}.\n" for name, reason in result["left_out"].items())
+
+
+def scaling(folder: Path) -> str:
+    """One and two processes, and how equal their shares are."""
+    text = "## Two processes on a CPU\n\n"
+    result = read(folder, "scaling.json")
+    if result is None:
+        return text + f"`python -m benchmarks.scaling`: {NOT_MEASURED}.\n"
+    text += (
+        f"{machine_line(result)}\nFull fine-tuning of the {result['size']} size under DDP, pages shared, one thread a "
+    )
+    text += f"process: two are {in_words(result['times_as_fast'])} times as fast as one.\n\n"
+    rows = [[world, in_words(figures)] for world, figures in result["questions_per_second"].items()]
+    text += markdown(["processes", "questions/s"], rows)
+    text += (
+        "\nHow much longer a step of 64 questions is than with perfectly equal processes (computed, lengths drawn):\n\n"
+    )
+    spreads = result["token_spread"]
+    worlds = list(next(iter(spreads.values())))
+    rows = [[name, *(f"{by_world[world]:.1%}" for world in worlds)] for name, by_world in spreads.items()]
+    return text + markdown(["divided", *(f"{world} processes" for world in worlds)], rows)
+
+
+def converter(folder: Path) -> str:
+    """Videos to images."""
+    text = "## Converting videos\n\n"
+    result = read(folder, "convert_cpu.json")
+    if result is None:
+        return text + f"`python -m benchmarks.convert`: {NOT_MEASURED}.\n"
+    faster = result[f"times_as_fast_{result['num_workers']}_workers"]
+    rows = [
+        [way, f"{figures['median']:.1f}", in_words(faster[way]) if way in faster else ""]
+        for way, figures in result["videos_per_second"].items()
+    ]
+    names = ["way", "videos/s", f"ours with {result['num_workers']} workers is faster by"]
+    return f"{text}{machine_line(result)}\n{markdown(names, rows)}"
+
+
+def render(folder: Path) -> str:
+    """The whole page."""
+    text = (
+        "# Results\n\nMade by `python -m benchmarks.render` from `benchmarks/results/`; nothing here is written by "
+        "hand. `benchmarks/throughput.py` says what the variants are.\n"
+    )
+    return "\n".join([text, *(section(folder) for section in (on_a_cpu, on_a_gpu, scaling, converter))])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Render the results.", allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=PAGE, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    options.output.write_text(render(options.results), encoding="utf-8")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
