@@ -15,7 +15,7 @@ from typing import Any
 
 from common.cli import make_parser, parse_options
 from common.collation import Example, encode_example
-from common.conversations import Conversations, load_conversations
+from common.conversations import Conversations, check_lengths, load_conversations
 from common.data import ExampleDataset
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_confusion, write_evaluation
@@ -98,6 +98,8 @@ def main() -> None:
     arguments = start(options)
     processor = load_processor(options)
     model = load_model(options.model_name_or_path, options)
+    for data in filter(None, (eval_data, train_data)):
+        check_lengths(data, processor, model.config.max_position_embeddings)
 
     before = evaluate(
         model, processor, eval_data, classes, options, "eval_only" if options.eval_only else "eval_before"

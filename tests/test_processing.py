@@ -15,8 +15,17 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
+from common.demo import CHECKPOINT
 from common.phi3v import Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
-from tests.model_helpers import CHAT_TEMPLATE, END_OF_TEXT_ID, IMAGE_TOKEN_ID, picture, tiny_model
+from tests.model_helpers import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT_ID,
+    IMAGE_TOKEN_ID,
+    PUBLISHED_NAMES,
+    picture,
+    published_folder,
+    tiny_model,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json")
 
@@ -231,6 +240,23 @@ def test_loads_back(processor: Phi3VProcessor, loader, tmp_path: Path, folder: P
         found = current(text, pictures(1))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert current.image_processor.num_crops == 1
+
+
+def test_ids_do_not_depend_on_the_configuration(tmp_path: Path) -> None:
+    """A folder with the tokenizer's and the processor's files alone gives the same ids as the whole checkpoint.
+
+    The published tokenizer_config.json names LlamaTokenizer, which would drop the space after `<|user|>` and `<|end|>`.
+    """
+    published = published_folder(PUBLISHED_NAMES[0])
+    for folder in (CHECKPOINT, *([published] if published else [])):
+        alone = tmp_path / folder.name
+        whole = Phi3VProcessor.from_pretrained(folder, num_crops=1)
+        whole.save_pretrained(alone)
+        assert not (alone / "config.json").exists()
+        ids = [one(prompt(1), pictures(1))["input_ids"] for one in (whole, Phi3VProcessor.from_pretrained(alone))]
+        assert torch.equal(*ids)
+        space = whole.tokenizer("<|user|>\n").input_ids[2]  # not dropped in either
+        assert whole.tokenizer.convert_ids_to_tokens(space) == "▁"
 
 
 def test_chat_template_in_a_file_of_its_own_is_kept(stand_in: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +71,28 @@ def test_evaluation_needs_no_training_data(folder, tmp_path):
 def test_folder_must_be_named():
     with pytest.raises(UserError, match=r"--data_dir is needed: the folder that convert_ucf101.py has written"):
         ucf101.load_data(options_for("", data_dir=None))
+
+
+@pytest.mark.parametrize(("split", "arguments"), [("train", ()), ("test", ()), ("test", ("--eval_only",))])
+def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path, split, arguments):
+    """A conversation longer than the model takes, of what is trained or evaluated on, is told with its line.
+
+    A frame at one crop is 313 tokens: the third one takes the second video past the limit.
+    """
+    (tmp_path / "images").symlink_to(folder / "images")
+    for name in ("train", "test"):
+        records = [json.loads(line) for line in (folder / f"ucf101_{name}.jsonl").read_text().splitlines()]
+        if name == split:
+            records[1]["conversations"][0]["images"] += records[0]["conversations"][0]["images"][:1]
+        (tmp_path / f"ucf101_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ("--model_name_or_path", str(CHECKPOINT), "--data_dir", str(tmp_path), "--num_crops", "1")
+    monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
+    monkeypatch.setattr(ucf101, "start", lambda options: None)
+    model = argparse.Namespace(config=argparse.Namespace(max_position_embeddings=900))
+    monkeypatch.setattr(ucf101, "load_model", lambda *ignored: model)
+    message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens at num_crops=1, the model takes 900: lower --num_crops"
+    with pytest.raises(UserError, match=message):
+        ucf101.main()
 
 
 def evaluate(monkeypatch, folder, output, answers, **values):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .configuration import with_official_repository
 from .image_processing import Phi3VImageProcessor
-from .stock import AutoTokenizer, BatchFeature, ProcessorMixin, find_file
+from .stock import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, find_file
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
@@ -65,7 +65,9 @@ class Phi3VProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         path = str(pretrained_model_name_or_path)
         image_processor = Phi3VImageProcessor.from_pretrained(path, **hub, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)
+        # As tokenizer.json describes it. AutoTokenizer does so only beside a config.json of this model type; elsewhere
+        # it makes a LlamaTokenizer, as tokenizer_config.json says, which drops the space after a special token.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **hub)
         processor = cls(image_processor, tokenizer)
         for name in TOKENIZER_FILES:
             file = find_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)

@@ -28,6 +28,7 @@ from transformers import (
     Phi3ForCausalLM,
     Phi3Model,
     Phi3PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -98,6 +99,7 @@ __all__ = [
     "Phi3PreTrainedModel",
     "Phi3RMSNorm",
     "Phi3RotaryEmbedding",
+    "PreTrainedTokenizerFast",
     "ProcessorMixin",
     "create_block_mask",
     "enable_activation_checkpointing",
