@@ -44,7 +44,8 @@ TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
 RECURSIVE = ("make test", "make test-all")
 WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
-WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "results/", ".venv/"}
+WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/", "results/", ".venv/"}
+WRITTEN_BY_RUNS |= {f"ucf101_{split}.jsonl" for split in ("train", "val", "test")}
 OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
     *("--no-build-isolation", "--index-url", "--nproc_per_node", "--nnodes", "--nodes", "--master_addr"),
     *("--master_port", "--node_rank", "--file", "--set", "--help"),
@@ -304,7 +305,7 @@ def test_flash_attention_without_a_gpu(script, monkeypatch):
 
 @pytest.mark.long
 def test_python_blocks(small, tmp_path):
-    """The README's Python, run on what a LoRA run and a full run leave."""
+    """The README's Python, from top to bottom, on what a LoRA run and a full run leave; the question is answered."""
     options = ("--model_name_or_path", CHECKPOINT, "--data_dir", small["docvqa"], "--max_steps", 1, "--num_crops", 1)
     for name, extra in (("output", ()), ("output_lora", ("--use_lora", "--lora_rank", 4))):
         ended = run_script(
@@ -312,11 +313,15 @@ def test_python_blocks(small, tmp_path):
         )
         assert ended.returncode == 0, ended.stdout[-3000:]
     blocks = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    Image.new("RGB", (336, 336), "white").save(tmp_path / "page.png")
+    names = {}
     for block in blocks:
         block = block.replace("microsoft/Phi-3.5-vision-instruct", str(CHECKPOINT))
-        block = re.sub(r'"(output\w*)"', lambda found: repr(str(tmp_path / found[1])), block)
-        names = {}
+        block = re.sub(r'"(output\w*|page\.png)"', lambda found: repr(str(tmp_path / found[1])), block)
         exec(block, names)  # the README's own text
         assert names["model"].num_parameters() > 0
         assert names["processor"].image_processor.num_crops == 1
+    prompt = names["inputs"]["input_ids"]
+    assert torch.equal(names["generated"][:, : prompt.shape[1]], prompt)
+    assert names["generated"].shape[1] > prompt.shape[1]
