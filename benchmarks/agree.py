@@ -4,22 +4,34 @@
 
 A small model with heads as wide as the published ones takes the step on two pages with eight questions in every way:
 one by one, packed, shared, recomputed, with every attention that runs here. In float32 each gradient is held to the
-reference's with eager attention; in bfloat16 the whole gradient may be at most twice as far from the reference's in
-float32 as the reference's own in bfloat16 is. What does not run here is said. Exit code 1 where something differs.
+reference's with eager attention; in bfloat16 the whole gradient may be at most three times as far from the reference's
+in float32 as the reference's own in bfloat16 is (found on a CPU: up to twice as far; ten times as far where the
+questions of a page see each other). What does not run here is said. Exit code 1 where something differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from benchmarks.measuring import RESULTS, header, make_page, print_table, write_json
-from benchmarks.throughput import Runner, Variant
+from benchmarks.measuring import (
+    RESULTS,
+    Gradients,
+    Page,
+    header,
+    make_page,
+    print_table,
+    whole_difference,
+    worst_difference,
+    write_json,
+)
+from benchmarks.throughput import TOLERANCE, Runner, Variant
 
 REFERENCE = "reference:attention=eager"
 FLOAT32 = (
@@ -31,36 +43,13 @@ BFLOAT16 = (
     *("single", "shared", "single:tokens=4096", "shared:attention=flex_attention"),
     *("single:attention=flash_attention_2", "single:tokens=4096,attention=flash_attention_2"),
 )
-# Relative, of one parameter's gradient: float32 sums in another order; found on a CPU are 3e-6.
-TOLERANCE = 1e-4
-NO_GRADIENT = "k_proj.bias"  # 0 in exact arithmetic: compared with the whole gradient
 
 
-def gradients(runner: Runner, name: str, pages: list[Any]) -> dict[str, torch.Tensor]:
+def gradients(runner: Runner, name: str, pages: list[Page]) -> Gradients:
     """Every trained parameter's gradient, in double precision."""
-    for parameter in runner.trained:
-        parameter.grad.zero_()
+    runner.clear_gradients()
     runner.turn(Variant.parse(name), pages)
-    named = runner.model.named_parameters()
-    return {key: parameter.grad.to(torch.float64, copy=True) for key, parameter in named if parameter.requires_grad}
-
-
-def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative difference of a parameter's gradient, and whose it is."""
-    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    differences = []
-    for name, gradient in wanted.items():
-        norm = whole if name.endswith(NO_GRADIENT) else gradient.norm()
-        differences.append((float((found[name] - gradient).norm() / norm), name))
-    return max(differences)
-
-
-def whole_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The whole gradient's relative difference."""
-    differences, norms = (
-        [one.norm() for one in many] for many in ([found[n] - wanted[n] for n in wanted], wanted.values())
-    )
-    return float(torch.stack(differences).norm() / torch.stack(norms).norm())
+    return {key: gradient.to(torch.float64, copy=True) for key, gradient in runner.gradients().items()}
 
 
 def draw_weights(model: torch.nn.Module) -> None:
@@ -85,14 +74,17 @@ def why_not(variant: str, device: torch.device) -> str | None:
     return None
 
 
-def measure(device: torch.device, size: str = "small", page_width: int = 500) -> dict[str, Any]:
+def measure(
+    device: torch.device, size: str = "small", page_width: int = 500, num_crops: int = 4, questions: int = 4
+) -> dict[str, Any]:
     """Every path's difference, its tolerance, and what was left out."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     about = header(device)
     pages = [make_page(number, (page_width, round(page_width * 2200 / 1700))) for number in range(2)]
+    pages = [replace(page, questions=page.questions[:questions]) for page in pages]
     rows, left_out, wanted, own_error = [], {}, None, None
     for dtype, variants in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
-        runner = Runner(size, "full", 4, device, dtype)
+        runner = Runner(size, "full", num_crops, device, dtype)
         draw_weights(runner.model)
         reference = gradients(runner, REFERENCE, pages)
         if wanted is None:
@@ -108,7 +100,7 @@ def measure(device: torch.device, size: str = "small", page_width: int = 500) ->
             if own_error is None:
                 (difference, parameter), tolerance = worst_difference(found, wanted), TOLERANCE
             else:
-                difference, parameter, tolerance = whole_difference(found, wanted), "all", 2 * own_error
+                difference, parameter, tolerance = whole_difference(found, wanted), "all", 3 * own_error
             rows.append(
                 {
                     "variant": name,
@@ -127,9 +119,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default="small", help="of the model (%(default)s)")
     parser.add_argument("--page_width", type=int, default=500, help="pixels (%(default)s)")
+    parser.add_argument("--num_crops", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--questions", type=int, default=4, help="of each page, 1 to 4 (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "agree.json", help="(%(default)s)")
     options = parser.parse_args()
-    result = measure(torch.device(options.device), options.size, options.page_width)
+    device = torch.device(options.device)
+    result = measure(device, options.size, options.page_width, options.num_crops, options.questions)
     rows = [
         [*(row[name] for name in ("variant", "dtype", "difference", "tolerance")), "ok" if row["agrees"] else "DIFFERS"]
         for row in result["rows"]

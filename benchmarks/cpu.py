@@ -4,8 +4,8 @@
 
 A decoder of 106 M parameters in its layers, a tower of four layers of width 1,024, ten pages of 1700x2200 at
 `num_crops=4` with 3.9 questions each; every variant takes its turn on every page. Then the image processors at
-`num_crops=16`, and the evaluation. Writes `benchmarks/results/cpu.json`; the last line prints its ratios: ours against
-the reference's way, more is better except for memory.
+`num_crops=16`, and the evaluation. Writes `benchmarks/results/cpu.json`, renders `benchmarks/RESULTS.md`; the last line
+prints the ratios: ours against the reference's way, more is better except for memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import evaluate, preprocess, throughput
-from benchmarks.measuring import RESULTS, header, write_json
+from benchmarks import evaluate, preprocess, render, throughput
+from benchmarks.measuring import RESULTS, OtherLoad, header, write_json
 
-# What is recomputed is chosen for speed within six tenths of the reference's memory.
-SINGLE, SHARED = "single", "shared"
-VARIANTS = {"full": ("reference", SINGLE, SHARED), "frozen": ("reference", SHARED)}
+# Where speed and memory cannot both be had, the settings for each are measured: `LEAN` recomputes every layer, as the
+# reference does, and lets two crops at a time through a layer of the tower.
+SINGLE, SHARED, LEAN = "single", "shared", "shared:recompute=full,crops=2"
+VARIANTS = {"full": ("reference", SINGLE, SHARED, LEAN), "frozen": ("reference", SHARED)}
 
 
 def ratio(result: dict[str, Any], name: str, key: str) -> float:
@@ -39,9 +40,8 @@ def summarise(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
         "ratio_full": ratio(full, SINGLE, "questions_per_second"),
         "ratio_full_shared": ratio(full, SHARED, "questions_per_second"),
         "ratio_frozen_shared": ratio(frozen, SHARED, "questions_per_second"),
-        # the larger of the two
-        "memory_ratio": max(ratio(full, name, "peak_above_gb") for name in (SINGLE, SHARED)),
-        "memory_ratio_frozen": ratio(frozen, SHARED, "peak_above_gb"),
+        "memory_ratio": ratio(full, LEAN, "peak_above_gb"),
+        "ratio_full_shared_at_memory_ratio": ratio(full, LEAN, "questions_per_second"),
         "ratio_preprocess": round(parts["preprocess"]["times_as_fast"]["median"], 3),
         "ratio_evaluate": round(parts["evaluate"]["times_as_fast"]["median"], 3),
     }
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    about = header(torch.device("cpu"))
+    about, others = header(torch.device("cpu")), OtherLoad()
     where = ["--size", options.size, "--device", "cpu", "--dtype", "float32", "--num_crops", "4"]
     where += ["--page_width", str(options.page_width), "--rounds", str(options.rounds), "--pages_per_turn", "1"]
     parts = {}
@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts["evaluate"] = evaluate.measure(evaluate.make_parser().parse_args(given))
     evaluate.print_result(parts["evaluate"])
     ratios = summarise(parts)
-    write_json(options.output, {**about, "minutes": round((time.perf_counter() - began) / 60, 1), **ratios, **parts})
+    about |= {"minutes": round((time.perf_counter() - began) / 60, 1), "taken_by_others": others.share()}
+    write_json(options.output, {**about, **ratios, **parts})
+    if options.output.parent == RESULTS:
+        render.main([])  # the page holds what the folder holds
     print(json.dumps(ratios))
 
 

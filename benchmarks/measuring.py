@@ -10,12 +10,13 @@ import gc
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,33 @@ def resident_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+# --- gradients
+
+NO_GRADIENT = "k_proj.bias"  # 0 in exact arithmetic: compared with the whole gradient
+Gradients = dict[str, torch.Tensor]
+
+
+def worst_difference(found: Gradients, wanted: Gradients) -> tuple[float, str]:
+    """The largest relative difference of a parameter's gradient, and whose it is."""
+    whole = norm_of(wanted.values())
+    differences = []
+    for name, gradient in wanted.items():
+        # that of an adapter's first half is 0 while its second half is
+        norm = whole if name.endswith(NO_GRADIENT) else norm_of([gradient]) or whole
+        differences.append((norm_of([found[name].double() - gradient.double()]) / norm, name))
+    return max(differences)
+
+
+def whole_difference(found: Gradients, wanted: Gradients) -> float:
+    """The whole gradient's relative difference."""
+    return norm_of(found[name] - wanted[name] for name in wanted) / norm_of(wanted.values())
+
+
+def norm_of(tensors: Iterable[torch.Tensor]) -> float:
+    """Of all of them together, summed in double precision."""
+    return math.sqrt(sum(float(one.double().square().sum()) for one in tensors))
+
+
 # --- the machine
 
 
@@ -201,6 +229,27 @@ def header(device: torch.device) -> dict[str, Any]:
         "machine": describe_machine(device),
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+class OtherLoad:
+    """How much of the processors others took since this was made: a figure is worth as much as the machine was idle."""
+
+    def __init__(self) -> None:
+        self.before = self._seconds()
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """All processors' time, their busy time, and this process's and its children's, in seconds."""
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        user, nice, system, _, _, interrupts, soft_interrupts, stolen = fields
+        busy = user + nice + system + interrupts + soft_interrupts + stolen
+        ticks = os.sysconf("SC_CLK_TCK")
+        return sum(fields) / ticks, busy / ticks, sum(os.times()[:4])
+
+    def share(self) -> float:
+        """Of all processors' time, 0 to 1."""
+        total, busy, own = (after - before for after, before in zip(self._seconds(), self.before, strict=True))
+        return round(max(0.0, busy - own) / total, 4)
 
 
 # --- statistics, files, tables

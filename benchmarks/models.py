@@ -6,7 +6,6 @@ vocabulary is as large as the published one.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from common.cli import make_parser
 from common.demo import CHECKPOINT
 from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.modeling import IGNORED_LABEL
 
 METHODS = ("full", "frozen", "lora", "qlora")
-LORA_RANK = 64  # the scripts' default
 
 # Fields of config.json and of the tower's size; what is left out is as in the published checkpoints.
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -93,16 +92,13 @@ def prepare(model: Phi3VForCausalLM, processor: Phi3VProcessor, method: str) -> 
     """Ready for a method's training, as `common/loading.py` makes it; every layer can be recomputed."""
     if method == "qlora":
         quantize(model)
-    options = argparse.Namespace(
-        gradient_checkpointing=True,
-        use_lora=method in ("lora", "qlora"),
-        freeze_vision_model=method == "frozen",
-        lora_rank=LORA_RANK,
-        lora_alpha_ratio=2,
-        lora_dropout=0.0,
-        model_name_or_path=str(CHECKPOINT),
-    )
-    return prepare_for_training(model, processor, options).train()
+    options = make_parser("").parse_args([])  # the scripts' defaults: every layer recomputed, adapters of rank 64
+    options.use_lora, options.freeze_vision_model = method in ("lora", "qlora"), method == "frozen"
+    prepared = prepare_for_training(model, processor, options).train()
+    # transformers 5 has the inputs of layers that can be recomputed require a gradient, a frozen tower's too, which the
+    # published releases did not and recomputation without re-entering autograd does not need
+    model.disable_input_require_grads()
+    return prepared
 
 
 def quantize(model: Phi3VForCausalLM) -> None:

@@ -35,6 +35,8 @@ def machine_line(result: dict[str, Any]) -> str:
     versions = [f"{name} {machine[name]}" for name in LIBRARIES if name in machine]
     load = result.get("load_average_before")
     busy = f"; load before the run {load:.2f}" if isinstance(load, float) else ""
+    if "taken_by_others" in result:
+        busy += f", {result['taken_by_others']:.1%} of the processors' time taken by others"
     return f"{result['date']}; {where}; Python {machine['python']}, {', '.join(versions)}{busy}.\n"
 
 
@@ -66,7 +68,11 @@ def variants_table(result: dict[str, Any]) -> str:
         )
     about = f"{METHOD_NAMES[result['method']]}, `num_crops={result['num_crops']}`, {result['dtype']}, "
     about += f"{result['parameters']['trained'] / 1e6:.0f} M weights train; a matrix product reaches "
-    return f"{about}{result['matrix_tflops']:.2f} TFLOP/s.\n\n{markdown(names, rows)}"
+    about += f"{result['matrix_tflops']:.2f} TFLOP/s."
+    differences = [one["gradient_difference"] for one in result["variants"].values() if "gradient_difference" in one]
+    if differences:
+        about += f" Gradients are those of `{result['first']}` to {max(differences):.0e}, in the same run."
+    return f"{about}\n\n{markdown(names, rows)}"
 
 
 # --- sections

@@ -10,18 +10,21 @@ A variant is a way of taking the step, with its settings after a colon:
     single        ours, every question with its own picture
     shared        ours, all questions of a page in one sequence behind one picture
 
-    recompute=    none (ours, the default), full (the reference's), decoder, tower: whose layers are run again in the
-                  backward pass instead of kept
+    recompute=    none (ours, the default), full (the reference's), selective (every second layer), decoder, tower:
+                  which layers are run again in the backward pass instead of kept
     attention=    sdpa (default), eager, flash_attention_2, flex_attention
     tokens=N      ours: as many sequences as N tokens hold packed into one pass; 0 (default): one sequence a pass
     crops=N       ours: at most N crops through the tower at once; 0 (default): all
 
-The variants take turns, A B A B, on the same pages; ratios are of neighbours. A turn is forward and backward passes
+On a CPU the gradients that the variants have of all questions of one page are compared with the first one's before
+anything is timed, and must be equal in float32; on a GPU `benchmarks/agree.py` does that with a small model. The
+variants take turns, A B A B, on the same pages; ratios are of neighbours. A turn is forward and backward passes
 over `--pages_per_turn` pages, decoding and processing of the pictures included; the optimizer's step (gradient norm
 included) is measured by itself and counted once for `--batch_size` questions. `--questions_per_page N` has one-question
 ways ask only the first N of each page: their time per question does not depend on it.
 
-On a CPU a variant's peak of memory is measured in a process of its own (`--peak`).
+On a CPU a variant's peak of memory is measured in a process of its own (`--peak`), whose allocator gives back at once
+what is freed: the peak is what was held, as a GPU's figures are, not what the allocator kept besides.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +49,7 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks import baseline
 from benchmarks.measuring import (
     RESULTS,
+    Gradients,
     MemoryPeak,
     Page,
     header,
@@ -55,6 +60,7 @@ from benchmarks.measuring import (
     print_table,
     spread,
     stopwatch,
+    worst_difference,
     write_json,
 )
 from benchmarks.models import (
@@ -73,9 +79,11 @@ from common.phi3v.image_processing import plan_layout
 from common.phi3v.modeling import IGNORED_LABEL
 
 WAYS = ("reference", "single", "shared")
-RECOMPUTE = ("none", "full", "decoder", "tower")
+RECOMPUTE = ("none", "full", "selective", "decoder", "tower")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 STEP_ROUNDS = 3  # how often the optimizer's step is timed
+# Relative, of one parameter's gradient: float32 sums in another order; found on a CPU are 3e-6.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -207,16 +215,25 @@ class Runner:
         model = baseline.inner(self.model)
         model.config._attn_implementation = variant.attention  # the decoder's; the tower has its own
         for name, layer in recomputed_layers(model):
-            part = "tower" if "img_processor" in name else "decoder"
-            layer.gradient_checkpointing = variant.recompute in ("full", part)
+            part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
+            every_second = variant.recompute == "selective" and number % 2 == 0  # as common/layers.py
+            layer.gradient_checkpointing = every_second or variant.recompute in ("full", part)
         model.model.vision_embed_tokens.img_processor.max_crops_per_call = variant.crops or None
 
     def step(self) -> None:
         """Clip the gradient, let the optimizer take its step, and set the gradient to 0."""
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """To 0."""
         for parameter in self.trained:
             parameter.grad.zero_()
+
+    def gradients(self) -> Gradients:
+        """Every trained parameter's, by its name."""
+        return {name: one.grad for name, one in self.model.named_parameters() if one.requires_grad}
 
     def step_seconds(self) -> float:
         """The optimizer's step, the best of three."""
@@ -323,24 +340,27 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
     ceiling = matrix_flops(runner.device, runner.dtype)
     running: dict[Variant, list[Turn]] = {}
     figures: dict[str, dict[str, Any]] = {}
-    memory = MemoryPeak(runner.device)
+    memory, on_gpu = MemoryPeak(runner.device), runner.device.type == "cuda"
+    wanted: Gradients = {}
     pages = [make_page(number, options.page_size) for number in range(options.rounds * options.pages_per_turn)]
     rounds = [pages[start :: options.rounds] for start in range(options.rounds)]
     for variant in variants:
-        # a first turn by itself: compiles what there is to compile, and on a GPU shows the peak
+        # a first turn by itself compiles what there is to compile; a GPU shows the peak, a CPU compares gradients
         try:
             if variant.attention == "flash_attention_2" and not is_flash_attn_2_available():
                 raise RuntimeError("flash-attn is not installed")
             if variant.attention == "flex_attention" and runner.device.type == "cpu":
                 raise RuntimeError("FlexAttention has no backward pass on a CPU")
             memory.start()
-            runner.turn(variant, rounds[0] if runner.device.type == "cuda" else rounds[0][:1], options.warm_questions)
-            runner.step()
-            figures[variant.name] = {"peak_gb": gigabytes(memory.total())} if runner.device.type == "cuda" else {}
+            runner.turn(variant, rounds[0] if on_gpu else pages[:1])
+            figures[variant.name] = {"peak_gb": gigabytes(memory.total())} if on_gpu else {}
             running[variant] = []
         except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
             figures[variant.name] = {"left_out": " ".join(str(error).split())[:200]}
             print(f"left out: {variant.name}: {figures[variant.name]['left_out']}", flush=True)
+        if not on_gpu and variant in running:
+            figures[variant.name] |= compare_gradients(runner, variant, wanted)
+        runner.clear_gradients()
     for number, turn_pages in enumerate(rounds):
         for variant, turns in running.items():
             turns.append(runner.turn(variant, turn_pages, options.questions_per_page))
@@ -363,6 +383,25 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
         "optimizer_step_seconds": round(step_seconds, 4),
         "matrix_tflops": round(ceiling / 1e12, 3),
     }
+
+
+def compare_gradients(runner: Runner, variant: Variant, wanted: Gradients) -> dict[str, Any]:
+    """What the first variant's gradient is, or how far this one's is from it.
+
+    Args:
+        wanted: the first variant's, which puts it there.
+
+    Raises:
+        ArithmeticError: in float32, gradients that are not the same: what follows would not be the same work.
+    """
+    found = runner.gradients()
+    if not wanted:
+        wanted |= {name: gradient.clone() for name, gradient in found.items()}
+        return {}
+    difference, parameter = worst_difference(found, wanted)
+    if runner.dtype == torch.float32 and not difference <= TOLERANCE:
+        raise ArithmeticError(f"{variant.name}: the gradient of {parameter} is another by {difference:.2g}, relatively")
+    return {"gradient_difference": figure(difference)}
 
 
 def rate(turn: Turn, step_seconds: float, options: argparse.Namespace) -> float:
@@ -409,7 +448,9 @@ def peak_in_own_process(variant: Variant, options: argparse.Namespace) -> float:
     settings = ("size", "method", "num_crops", "dtype", "device", "page_width")
     arguments = [f"--{name}={getattr(options, name)}" for name in settings]
     command = [sys.executable, "-m", "benchmarks.throughput", *arguments, "--variant", variant.name, "--peak"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc's
+    folder = Path(__file__).parent.parent
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     if ended.returncode:
         raise RuntimeError(f"the peak of {variant.name} could not be measured:\n{ended.stderr[-2000:]}")
     return gigabytes(json.loads(ended.stdout.splitlines()[-1])["peak_above_bytes"])
@@ -483,7 +524,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant (%(default)s)")
     parser.add_argument("--pages_per_turn", type=int, default=8 if on_gpu else 2, help="(%(default)s)")
     parser.add_argument("--questions_per_page", type=int, metavar="N", help="asked by one-question ways (all)")
-    parser.add_argument("--warm_questions", type=int, default=None if on_gpu else 1, help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, default=64, help="questions per optimizer step (%(default)s)")
     parser.add_argument("--page_width", type=int, default=1700, help="pixels; 1.29 times as high (%(default)s)")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")

@@ -1,0 +1,449 @@
+"""What the figures stand on: the reference way is as described, ours is the same work, the page holds the JSON.
+
+Nothing is timed here. Models are tiny, pages small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import agree, baseline, cpu, evaluate, measuring, render, scaling, throughput
+from benchmarks.models import make_model, make_processor, quantize, training_flops
+from benchmarks.throughput import Runner, Variant, plan_passes
+from common.demo import CHECKPOINT
+from common.phi3v import Phi3VImageProcessor
+from common.phi3v.modeling import Phi3VModel
+from tests.launch import REPOSITORY
+
+CPU = torch.device("cpu")
+# A grid of 2 x 1 where 3 are allowed, and of 3 x 1 where 6 are: the reference pads by one crop and by two. A full grid
+# of 2 x 2 of 4.
+STRIP, LETTER = (500, 180), (340, 440)
+
+
+TINY = "--size tiny --device cpu --dtype float32 --num_crops 1 --page_width 340"
+
+
+def tiny_runner(method: str = "full", num_crops: int = 3, dtype: torch.dtype = torch.float64) -> Runner:
+    runner = Runner("tiny", method, num_crops, CPU, dtype)
+    agree.draw_weights(runner.model)
+    return runner
+
+
+# --- the reference's way
+
+
+@pytest.mark.parametrize(("size", "num_crops"), [(STRIP, 6), (LETTER, 4), ((180, 600), 6)])
+def test_reference_crops(size: tuple[int, int], num_crops: int) -> None:
+    """Ours, bit for bit, and zeros up to `num_crops + 1`."""
+    picture = measuring.decode(measuring.make_page(0, size).image)
+    found, ours = baseline.process_picture(picture, num_crops), Phi3VImageProcessor(num_crops=num_crops)(picture)
+    crops = ours["pixel_values"]
+    assert found["pixel_values"].shape == (1, num_crops + 1, 3, 336, 336)
+    assert torch.equal(found["pixel_values"][0, : len(crops)], crops)
+    assert not found["pixel_values"][0, len(crops) :].any()
+    for name in ("image_sizes", "num_img_tokens"):
+        assert torch.equal(found[name], ours[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("full", ("single", "single:tokens=1000", "shared:tokens=4000,recompute=full,crops=2")),
+        ("frozen", ("shared",)),
+        ("lora", ("shared:recompute=selective",)),
+    ],
+)
+def test_reference_gradients_are_ours(method: str, names: tuple[str, ...]) -> None:
+    """Every parameter's, in float64 to 1e-9 (found: 2e-14), with padding crops, packed and shared."""
+    runner = tiny_runner(method)
+    pages = [
+        dataclasses.replace(measuring.make_page(number, STRIP), questions=measuring.QUESTIONS[number : number + 2])
+        for number in range(2)
+    ]
+    wanted = agree.gradients(runner, "reference", pages)  # eager attention would round to float32
+    assert all(gradient.any() for gradient in wanted.values())
+    for name in names:
+        difference, parameter = measuring.worst_difference(agree.gradients(runner, name, pages), wanted)
+        assert difference < 1e-9, (name, parameter)
+
+
+def test_reference_does_what_it_is_said_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding crops and the unused layer run, every layer twice, logits of every position; ours does none of it."""
+    runner = tiny_runner(dtype=torch.float32)
+    tower = runner.model.model.vision_embed_tokens.img_processor.vision_model
+    seen: dict[str, list[int]] = {"crops": [], "last layer": [], "first layer": [], "head": []}
+
+    def note(name: str, module: torch.nn.Module, batch_dimension: int) -> None:
+        forward = module.forward
+
+        def noting(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen[name].append(states.shape[batch_dimension])
+            return forward(states, *args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", noting)
+
+    note("crops", tower.embeddings, 0)
+    note("first layer", tower.encoder.layers[0].layer_norm1, 0)
+    note("last layer", tower.encoder.layers[-1].layer_norm1, 0)
+    runner.model.lm_head.register_forward_pre_hook(lambda _, inputs: seen["head"].append(inputs[0].shape[-2]))
+    page = [measuring.make_page(0, STRIP)]
+    done = runner.turn(Variant.parse("reference"), page, questions_per_page=1)
+    assert (seen["crops"], seen["head"]) == ([4], [done.tokens])
+    assert seen["first layer"] == [4, 4]
+    assert len(seen["last layer"]) == 1  # nothing reads it, so nothing runs it again
+    for calls in seen.values():
+        calls.clear()
+    runner.turn(Variant.parse("shared"), page)
+    assert (seen["crops"], seen["first layer"], seen["last layer"]) == ([3], [3], [])
+    assert seen["head"][0] < 100
+
+
+def test_answers_are_the_reference_s() -> None:
+    arguments = f"{TINY} --rounds 2 --new_tokens 6"
+    result = evaluate.measure(evaluate.make_parser().parse_args(arguments.split()))
+    assert result["same_answers"] == "8 of 8"
+    assert result["times_as_fast"]["smallest"] > 0
+
+
+# --- what is measured
+
+
+def test_passes_hold_every_question_once() -> None:
+    processor = make_processor(4)
+    pages = [measuring.make_page(number, LETTER) for number in range(8, 11)]
+    assert [len(page.questions) for page in pages] == [4, 3, 4]
+
+    def units(name: str, questions_per_page: int | None = None) -> list[list[tuple[int, int]]]:
+        work = plan_passes(Variant.parse(name), processor, pages, questions_per_page)
+        return [[(pages.index(page), asked) for page, asked in one] for one in work]
+
+    assert units("single") == [[(page, k)] for page, count in enumerate((4, 3, 4)) for k in range(count)]
+    assert units("reference", 2) == [[(page, k)] for page in range(3) for k in range(2)]
+    assert units("shared") == [[(0, 4)], [(1, 3)], [(2, 4)]]
+    assert [len(one) for one in units("shared:tokens=2100")] == [2, 1]
+    assert [len(one) for one in units("single:tokens=3300")] == [4, 4, 3]
+    runner = tiny_runner(dtype=torch.float32)
+    for name in ("single", "shared:tokens=2100"):
+        done = runner.turn(Variant.parse(name), pages)
+        assert (done.questions, done.pages) == (11, 3)
+
+
+def test_pages_ask_what_docvqa_asks() -> None:
+    pages = [measuring.make_page(number, (170, 220)) for number in range(20)]
+    assert sum(len(page.questions) for page in pages) / len(pages) == 3.9
+    assert measuring.make_page.__wrapped__(3, (170, 220)) == pages[3]
+    assert len({page.image for page in pages}) == 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ours", "single:tokens=x", "single:speed=2", "shared:recompute=some", "reference:tokens=9", "single:attention"],
+)
+def test_unknown_variants_are_refused(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(name)):
+        Variant.parse(name)
+
+
+def test_model_operations_are_those_counted_by_torch() -> None:
+    """Torch also counts pairs that do not see each other, and no gradient of the pixels: put right here; to 1 %."""
+    runner = tiny_runner(dtype=torch.float32)
+    variant = Variant.parse("single:recompute=none,attention=eager")
+    runner.configure(variant)
+    page = measuring.make_page(0, LETTER)
+    batch = throughput.Passes(variant, runner.processor, [[(page, 0)]])[0]
+    tower = runner.model.model.vision_embed_tokens.img_processor
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        runner.backward(variant, batch)
+    config, tokens = runner.model.config, batch["input_ids"].numel()
+    unseen = tokens * tokens - tokens * (tokens + 1) // 2
+    wanted = training_flops(runner.model, "full", batch)
+    wanted += 3 * 4 * config.hidden_size * config.num_hidden_layers * unseen
+    wanted -= 2 * len(batch["pixel_values"]) * tower.vision_model.embeddings.patch_embedding.weight.numel() * 576
+    assert abs(counter.get_total_flops() / wanted - 1) < 0.01
+
+
+def test_frozen_and_adapter_steps_count_less() -> None:
+    """No backward pass of a frozen tower; no weight gradients but the adapters'."""
+    batch = throughput.Passes(Variant.parse("single"), make_processor(4), [[(measuring.make_page(0, LETTER), 0)]])[0]
+    model = make_model("published", make_processor(4), torch.device("meta"), torch.bfloat16)
+    full, frozen, lora = (training_flops(model, method, batch) for method in ("full", "frozen", "lora"))
+    assert lora == full * 2 / 3  # without adapters
+    assert full / 3 < frozen < full
+
+
+def test_frozen_reference_keeps_no_graph_of_the_tower() -> None:
+    """Neither way may pay for a backward pass that the published releases did not run."""
+    runner = tiny_runner("frozen", dtype=torch.float32)
+    tower = runner.model.model.vision_embed_tokens.img_processor.vision_model
+    seen = []
+    tower.encoder.layers[0].register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+    for way in ("reference", "single"):
+        runner.turn(Variant.parse(way), [measuring.make_page(0, LETTER)], questions_per_page=1)
+    assert seen == [False, False]
+
+
+def test_memory_peak() -> None:
+    """200 MB held for a moment are seen, what was held before is not."""
+    held = torch.ones(25_000_000)
+    peak = measuring.MemoryPeak(CPU)
+    peak.start()
+    del held
+    torch.ones(50_000_000).sum()
+    assert 80e6 < peak.above() < 300e6
+
+
+def test_quantised_layers_are_those_of_a_loaded_checkpoint() -> None:
+    """What transformers quantises while it loads, and nothing else; the adapters then get gradients."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    from common.phi3v import Phi3VForCausalLM
+
+    def layers(model: torch.nn.Module) -> set[str]:
+        named = model.named_modules()
+        return {re.sub(r"\d+", "N", name) for name, one in named if isinstance(one, bitsandbytes.nn.Linear4bit)}
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = Phi3VForCausalLM.from_pretrained(CHECKPOINT, quantization_config=nf4, device_map={"": "cpu"})
+    processor = make_processor(4)
+    made = make_model("tiny", processor, CPU, torch.float32)
+    quantize(made)
+    assert layers(made) == layers(loaded) != set()
+    runner = Runner("tiny", "qlora", 4, CPU, torch.float32)
+    found = agree.gradients(runner, "shared", [measuring.make_page(0, LETTER)])
+    assert all("lora_" in name for name in found)
+    assert any(gradient.any() for name, gradient in found.items() if "lora_B" in name and "img_processor" in name)
+
+
+def test_optimizer_of_half_precision_weights() -> None:
+    """Float32 masters: ten steps too small for bfloat16 move the weights all the same."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = throughput.make_optimizer([weight])
+    for group in optimizer.optimizers[0].param_groups:
+        group["lr"] = 1e-3
+    for _ in range(10):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert optimizer.masters[0].dtype == torch.float32
+    assert torch.allclose(weight, torch.full_like(weight, 0.99), atol=4e-3)
+
+
+def test_comparison(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Turns in the order A B A B, after the gradients were compared; what cannot run here is said."""
+    order = []
+    turn = Runner.turn
+
+    def noting(self: Runner, variant: Variant, *args: Any, **kwargs: Any) -> throughput.Turn:
+        order.append(variant.name)
+        return turn(self, variant, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "turn", noting)
+    arguments = (
+        f"{TINY} --rounds 2 --pages_per_turn 1 --method frozen --questions_per_page 1 --num_workers 0 --no-peaks"
+    )
+    given = [*arguments.split(), "--compare", "reference", "shared", "shared:attention=flex_attention"]
+    result = throughput.measure(throughput.parse_options(given))
+    throughput.print_result(result)
+    assert "left out: shared:attention=flex_attention" in capsys.readouterr().out
+    reference, shared, flexible = result["variants"].values()
+    assert flexible == {"left_out": "FlexAttention has no backward pass on a CPU"}
+    assert (reference["questions_per_page"], shared["questions_per_page"]) == (1, 4)
+    assert reference["tokens_per_question"] > 2 * shared["tokens_per_question"]
+    assert 0 < shared["model_flop_utilisation"] < 1
+    assert result["times_as_fast_as_the_first"].keys() == {"shared"}
+    assert order == ["reference", "shared"] * 3  # the first two compare gradients
+    assert "gradient_difference" not in reference
+    assert 0 < shared["gradient_difference"] < throughput.TOLERANCE
+
+
+@pytest.fixture
+def branches_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is wrong."""
+    forward = Phi3VModel.forward
+
+    def one_branch(self: Phi3VModel, *args: Any, branch_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        branch_ids = None if branch_ids is None else torch.zeros_like(branch_ids)
+        return forward(self, *args, branch_ids=branch_ids, **kwargs)
+
+    monkeypatch.setattr(Phi3VModel, "forward", one_branch)
+
+
+@pytest.mark.usefixtures("branches_that_see_each_other")
+def test_other_work_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "matrix_flops", lambda *ignored: 1e12)
+    options = throughput.parse_options([*TINY.split(), "--rounds", "1", "--compare", "reference", "shared"])
+    with pytest.raises(ArithmeticError, match=r"shared: the gradient of \S+ is another by [0-9.]+"):
+        throughput.measure(options)
+
+
+def test_peak_above() -> None:
+    """What a page's passes hold: the reference at least its logits, ours far less."""
+    options = throughput.parse_options(TINY.split())
+    runner = Runner("tiny", "full", options.num_crops, CPU, torch.float32)
+    reference, shared = (
+        throughput.measure_peak(runner, Variant.parse(name), options) for name in ("reference", "shared:recompute=full")
+    )
+    assert reference > 2 * 4 * 32064 * 300  # logits and their gradient, float32, over 300 positions
+    assert shared < reference
+
+
+def test_paths_are_shown_to_agree() -> None:
+    result = agree.measure(CPU, "tiny", 340, num_crops=1, questions=2)
+    assert all(row["agrees"] for row in result["rows"])
+    assert {row["dtype"] for row in result["rows"]} == {"float32", "bfloat16"}
+    assert any("flex_attention" in name for name in result["left_out"])
+
+
+@pytest.mark.usefixtures("branches_that_see_each_other")
+def test_paths_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agree, "BFLOAT16", ())
+    result = agree.measure(CPU, "tiny", 340, num_crops=1, questions=2)
+    assert {row["variant"] for row in result["rows"] if not row["agrees"]} >= {"shared", "shared:tokens=4096"}
+    assert {row["variant"] for row in result["rows"] if row["agrees"]} >= {"reference", "single"}
+
+
+def test_spreads() -> None:
+    """Dividing by tokens is far more equal than by count; with a question a process there is no choice."""
+    found = scaling.spreads(num_pages=200)
+    for world in ("2", "8"):
+        assert 0 <= 2 * found["one by one, by tokens"][world] < found["one by one, by count"][world]
+
+
+# --- the page
+
+
+def test_results_page_holds_what_was_measured() -> None:
+    assert render.PAGE.read_text(encoding="utf-8") == render.render(measuring.RESULTS)
+
+
+def gpu_result(method: str) -> dict[str, Any]:
+    figures = {
+        "tokens_per_second": 1.0,
+        "tokens_per_question": 2500.0,
+        "model_flop_utilisation": 0.5,
+        "share_waiting_for_data": 0.01,
+        "peak_gb": 15.5,
+    }
+    return {
+        "date": "2026-01-01",
+        "machine": {
+            "gpu": "GPU X",
+            "gpu_gb": 80.0,
+            "cuda": "13",
+            "cpu": "C",
+            "cores": 16,
+            "python": "3.12",
+            "torch": "2",
+        },
+        "method": method,
+        "size": "published",
+        "dtype": "bfloat16",
+        "num_crops": 16,
+        "parameters": {"trained": 1e8},
+        "matrix_tflops": 700.0,
+        "first": "reference",
+        "times_as_fast_as_the_first": {},
+        "variants": {
+            "reference": {"questions_per_second": 1.0, **figures},
+            "single:tokens=8192": {"questions_per_second": 7.58, **figures},
+            "single": {"left_out": "out of memory"},
+            "shared": {"questions_per_second": 24.254, **figures},
+        },
+    }
+
+
+def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
+    """Beside the published rows; once measured, figures and ratios stand there."""
+    text = render.render(tmp_path)
+    for method in render.METHOD_NAMES.values():
+        assert re.search(rf"^\| {method} \|.*\| not measured \|", text, re.MULTILINE), method
+    assert text.count("not measured") == 4 + 3  # and the CPU's sections
+    (tmp_path / "gpu_x_lora.json").write_text(json.dumps(gpu_result("lora")))
+    text = render.render(tmp_path)
+    assert "| LoRA | 12.13 | 1.52 | ~16 GB | GPU X | 7.58 | 5.0 | 15.5 GB | 24.25 | 2.00 |" in text
+    assert "left out: out of memory" in text
+    assert text.count("not measured") == 3 + 3
+    # a trial at another size is no measurement of a published row
+    (tmp_path / "gpu_x_lora.json").write_text(json.dumps({**gpu_result("lora"), "size": "tiny"}))
+    assert render.render(tmp_path).count("not measured") == 4 + 3
+
+
+# --- commands
+
+
+@pytest.mark.long  # most of a minute: processes of their own
+def test_make_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, small: the JSON holds the ratios, the last line prints them, and the page renders from it."""
+    output = tmp_path / "cpu.json"
+    cpu.main(["--size", "tiny", "--page_width", "340", "--rounds", "2", "--output", str(output)])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    named = {"ratio_full", "ratio_full_shared", "ratio_frozen_shared", "memory_ratio", "ratio_preprocess"}
+    assert last.keys() >= named | {"ratio_evaluate"}
+    stored = json.loads(output.read_text())
+    assert {name: stored[name] for name in last} == last
+    assert all(value > 0 for value in last.values())
+    assert "| `ratio_full_shared` |" in render.render(tmp_path)
+    planned = subprocess.run(["make", "-n", "bench"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "-m benchmarks.cpu" in planned.stdout
+
+
+@pytest.mark.long  # two processes
+def test_scaling(tmp_path: Path) -> None:
+    arguments = "--size tiny --page_width 340 --pages 4 --rounds 1 --batch_size 8"
+    result = scaling.measure(scaling.make_parser().parse_args(arguments.split()))
+    (tmp_path / "scaling.json").write_text(json.dumps(result))
+    assert result["questions_per_second"].keys() == {"1", "2"}
+    assert "| 2 |" in render.render(tmp_path)
+
+
+@pytest.mark.long  # a dozen processes
+def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
+    """Every measurement runs, small and on the CPU; what needs a GPU is left out by name, and nothing else is."""
+    small = "--size tiny --device cpu --dtype float32 --num_workers 0 --page_width 340 --rounds 1 --pages_per_turn 1"
+    ended = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", str(tmp_path)],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "OPTIONS": f"{small} --num_crops 1 --no-peaks",
+            "PYTHON": sys.executable,
+            "SECONDS_IN_ALL": "3000",
+        },
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"gpu_none_{name}.json" for name in ("agree", "full", "frozen", "lora", "qlora", "preprocess")
+    }
+    told = ended.stdout.split("left out:")[-1]
+    assert "ended with" not in told
+    assert "stopped" not in told
+
+
+NOT_NEEDED = ("deepspeed", "matplotlib", "sklearn", "liger_kernel", "flash_attn", "av", "tensorboard")
+
+
+def test_gpu_measurements_need_few_packages() -> None:
+    """torch, transformers, accelerate and peft, and what torchvision and pictures need."""
+    blocked = "; ".join(f"sys.modules['{name}'] = None" for name in NOT_NEEDED)
+    code = f"import sys; {blocked}; import benchmarks.agree, benchmarks.throughput, benchmarks.preprocess"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    assert shutil.which("bash")
