@@ -16,8 +16,8 @@ import random
 from typing import Any
 
 from common.cli import make_parser, parse_options
-from common.collation import Example, Turn, encode_example
-from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_questions
+from common.collation import Example, Turn, encode_example, encode_questions
+from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_pictures, number_questions
 from common.errors import run
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision on DocVQA.")
     parser.add_argument("--full_train", action="store_true", help=f"train on {FULL} instead of {MINI}")
     parser.add_argument("--all_questions", action="store_true", help="an epoch is every question, not one per page")
+    parser.add_argument("--share_images", action="store_true", help="every question, those of a page at once")
     parser.add_argument("--train_data", metavar="DATA", help="train on it: hub id (ID or ID:CONFIG), folder or file")
     parser.add_argument("--eval_data", metavar="DATA", help="evaluate on it, likewise")
     parser.add_argument("--eval_split", choices=("test", "validation"), default="test", help="validation: official set")
@@ -79,7 +80,8 @@ def ask(rows: Rows, index: int, question: str, answer: str = "") -> Example:
 
 def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
     """One question drawn per page and epoch, or every question; one accepted answer drawn each time."""
-    numbers = number_questions(rows, each=options.all_questions)
+    numbers = number_questions(rows, each=options.all_questions or options.share_images)
+    pictures = number_pictures(rows, numbers) if options.share_images else None
 
     def make_example(index: int, generator: random.Random) -> Example:
         row, number = numbers[index]
@@ -87,7 +89,8 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
         question, accepted = generator.choice(asked) if number is None else asked[number]
         return ask(rows, row, question, generator.choice(accepted))
 
-    return ExampleDataset(len(numbers), make_example, lambda one: encode_example(processor, one), options.seed)
+    encode = functools.partial(encode_questions if options.share_images else encode_example, processor)
+    return ExampleDataset(len(numbers), make_example, encode, options.seed, pictures)
 
 
 # --- metric
@@ -95,11 +98,9 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """ANLS over the rows, written to `<name>.json`."""
-
-    def make_example(index: int) -> Example:
-        return ask(rows, index, questions(rows[index])[0][0])
-
-    generated = generate_answers(model, processor, len(rows), make_example, options, title=name)
+    generated = generate_answers(
+        model, processor, len(rows), lambda index: ask(rows, index, questions(rows[index])[0][0]), options, title=name
+    )
     examples = []
     for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, accepted = questions(row)[0]
@@ -133,9 +134,8 @@ def main() -> None:
     say(f"before training: {in_words(before)}")
 
     model = prepare_for_training(model, processor, options)
-    dataset = training_set(train_rows, processor, options)
     evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
-    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
+    trainer = train(model, processor, training_set(train_rows, processor, options), arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)
     del model, evaluate_now
     free_memory(trainer)

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import data
 from common.cli import make_parser, parse_options
-from common.collation import Example, Turn, encode_example
+from common.collation import Example, Turn, encode_example, encode_questions
 from common.data import ExampleDataset, Rows
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_evaluation
@@ -37,11 +37,9 @@ LABELS = {"true": "Yes", "false": "No"}
 
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision on NLVR2.")
-    parser.add_argument(
-        "--separate_questions", action="store_true", help="a row's questions as examples of their own, not as turns"
-    )
-    help_text = f"of the original files in --data_dir, the one to evaluate on ({EVAL_FILE})"
-    parser.add_argument("--eval_file", metavar="FILE", help=help_text)
+    parser.add_argument("--separate_questions", action="store_true", help="a row's questions as examples, not as turns")
+    parser.add_argument("--share_images", action="store_true", help="likewise, those of a pair at once")
+    parser.add_argument("--eval_file", metavar="FILE", help=f"the original file to evaluate on ({EVAL_FILE})")
     parser.add_argument("--skip_missing", action="store_true", help="leave out examples whose images are missing")
     return parse_options(parser, flash_attention_implies_bf16=True)
 
@@ -131,9 +129,11 @@ def main() -> None:
     say(f"before training: accuracy {before['accuracy']:.4f}")
 
     model = prepare_for_training(model, processor, options)
-    numbers = data.number_questions(train_rows, each=options.separate_questions)
+    numbers = data.number_questions(train_rows, each=options.separate_questions or options.share_images)
+    pictures = data.number_pictures(train_rows, numbers) if options.share_images else None
+    encode = functools.partial(encode_questions if options.share_images else encode_example, processor)
     examples = functools.partial(make_example, train_rows, numbers)
-    dataset = ExampleDataset(len(numbers), examples, functools.partial(encode_example, processor), options.seed)
+    dataset = ExampleDataset(len(numbers), examples, encode, options.seed, pictures)
     evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
     trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)

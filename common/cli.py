@@ -20,9 +20,15 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
 from .errors import UserError, is_first_process, raise_all
+from .phi3v.stock import find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
+
+# AdamW as the Trainer names its kinds; of those of bitsandbytes some keep their state in 8 bits, some outside the GPU.
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS)
+CHECKPOINTING = ("none", "selective", "full")
 
 # Learning rates of parts of the model: the tower; the projection and the separators.
 PART_LEARNING_RATES = ("vision_learning_rate", "projector_learning_rate")
@@ -120,18 +126,46 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
     evaluation.add_argument("--eval_steps", type=int, metavar="N", help="also evaluate every so many steps")
     evaluation.add_argument("--eval_limit", type=int, metavar="N", help="evaluate the first so many examples only")
+    speed = parser.add_argument_group("speed and memory (docs/speed.md)")
+    speed.add_argument(
+        "--max_tokens_per_gpu",
+        type=int,
+        metavar="N",
+        help="packed without padding, at most so many tokens at once on a GPU; instead of --batch_size_per_gpu",
+    )
+    speed.add_argument(
+        "--max_crops_per_call", type=int, metavar="N", help="sub-images that the tower takes at once (all of them)"
+    )
+    speed.add_argument(
+        "--gradient_checkpointing",
+        choices=CHECKPOINTING,
+        default="full",
+        help="layers computed again in the backward pass: all, every second, none (%(default)s)",
+    )
+    speed.add_argument(
+        "--no-gradient_checkpointing",
+        dest="gradient_checkpointing",
+        action="store_const",
+        const="none",
+        help="the same as --gradient_checkpointing none",
+    )
+    speed.add_argument(
+        "--optim",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)} (adamw_torch_fused; on a CPU adamw_torch)",
+    )
+    speed.add_argument(
+        "--use_liger", action=argparse.BooleanOptionalAction, help="Liger's kernels (on CUDA, where installed)"
+    )
+    speed.add_argument("--torch_compile", action="store_true", help="compile the decoder's and the tower's layer")
+    parser.set_defaults(share_images=False)  # an option of the scripts whose pictures have several questions
     rare = parser.add_argument_group("rarely needed")
     rare.add_argument(
         "--vision_learning_rate", type=float, metavar="X", help="the tower's peak, instead of --learning_rate"
     )
     rare.add_argument(
         "--projector_learning_rate", type=float, metavar="X", help="the projection's and separators' peak"
-    )
-    rare.add_argument(
-        "--no-gradient_checkpointing",
-        dest="gradient_checkpointing",
-        action="store_false",
-        help="keep all activations: faster, more memory",
     )
     rare.add_argument("--deepspeed", metavar="JSON", help=f"configuration of full fine-tuning ({DEEPSPEED})")
     rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
@@ -156,8 +190,9 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
         flash_attention_implies_bf16: as published for NLVR2 and UCF-101.
 
     Returns:
-        The options, with `precision`, `method`, `accumulation`, `num_processes`, `attention` and
-        `device` added.
+        The options, with `precision`, `method`, `num_processes`, `attention`, `device`, `packs` (rows
+        are packed: --share_images or --max_tokens_per_gpu) and `accumulation` (micro-steps per step;
+        None where rows are packed, for it depends on the data) added.
 
     Raises:
         UserError: with all problems at once, before anything is loaded.
@@ -171,14 +206,20 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.method = _method(options)
     options.precision = choose_precision(options)
+    options.packs = options.share_images or options.max_tokens_per_gpu is not None
     for name in PATHS:  # a shell leaves the ~ of --data_dir=~/pages as it is
         if getattr(options, name, None):
             setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
     problems = _number_problems(options) + _device_problems(options) + _file_problems(options)
     raise_all(problems)
-    options.accumulation = options.batch_size // (options.num_processes * options.batch_size_per_gpu)
+    at_once = options.num_processes * options.batch_size_per_gpu
+    options.accumulation = None if options.packs else options.batch_size // at_once
     options.attention = choose_attention(options)
+    if options.use_liger is None:
+        options.use_liger = options.device == "cuda" and liger_is_installed()
+    if options.optim is None:
+        options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     return options
 
 
@@ -214,12 +255,18 @@ def choose_attention(options: argparse.Namespace) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
+def liger_is_installed() -> bool:
+    """Whether there is a liger-kernel that is new enough."""
+    return find_fused_cross_entropy("cuda") is not None
+
+
 def _number_problems(options: argparse.Namespace) -> list[str]:
     problems = []
     if not 1 <= options.num_crops <= MAX_NUM_CROPS:
         problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
     at_least_one = ("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps")
-    for name in (*at_least_one, "eval_batch_size_per_gpu", "max_steps", "eval_steps", "eval_limit"):
+    at_least_one += ("max_tokens_per_gpu", "max_crops_per_call", "eval_batch_size_per_gpu")
+    for name in (*at_least_one, "max_steps", "eval_steps", "eval_limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: it must be at least 1")
@@ -242,8 +289,13 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
             )
     if not 0 <= options.lora_dropout < 1:
         problems.append(f"--lora_dropout {options.lora_dropout}: it must be at least 0 and under 1")
+    if options.max_tokens_per_gpu is not None and options.batch_size_per_gpu != 1:
+        problems.append(
+            f"--max_tokens_per_gpu {options.max_tokens_per_gpu} and --batch_size_per_gpu {options.batch_size_per_gpu} "
+            "both say what goes through a GPU at once: leave one of them out"
+        )
     at_once = options.num_processes * options.batch_size_per_gpu
-    if options.batch_size > 0 and at_once > 0 and options.batch_size % at_once:
+    if not options.packs and options.batch_size > 0 and at_once > 0 and options.batch_size % at_once:
         problems.append(
             f"--batch_size {options.batch_size} cannot be divided over {options.num_processes} processes x "
             f"--batch_size_per_gpu {options.batch_size_per_gpu} = {at_once}: give a multiple of {at_once}"
@@ -252,11 +304,15 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
 
 
 def _device_problems(options: argparse.Namespace) -> list[str]:
-    if options.use_flash_attention and options.device == "cpu":
-        return ["--use_flash_attention needs a CUDA GPU and there is none: leave the option out"]
     if options.device == "cpu":
-        return []
+        names = [name for name in ("use_flash_attention", "use_liger") if getattr(options, name)]
+        return [f"--{name} needs a CUDA GPU and there is none: leave the option out" for name in names]
     problems = []
+    if options.use_liger and not liger_is_installed():
+        problems.append(
+            "--use_liger: liger-kernel 0.8 or newer is not installed: pip install -r requirements-liger.txt, "
+            "or leave the option out"
+        )
     num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_here > num_gpus:
         problems.append(
@@ -314,9 +370,20 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     own = [name for name in ("optimizer", "scheduler") if name in configuration]
     if own:
         return [f"--deepspeed {file} has its own {' and '.join(own)}: take it out, for this recipe's options set them"]
-    if stage == 3 and options.eval_steps:
-        return ["--eval_steps does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"]
-    return []
+    problems = []
+    if stage == 3:
+        # weights are put together as the same modules run in the same order on every process
+        names = [name for name in ("eval_steps", "max_crops_per_call", "torch_compile") if getattr(options, name)]
+        problems += [
+            f"--{name} does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"
+            for name in names
+        ]
+    if "offload_optimizer" in configuration["zero_optimization"] and options.optim in BITSANDBYTES_OPTIMIZERS:
+        problems.append(
+            f"--optim {options.optim} does not go with {file}, which keeps the optimizer's state off the GPU already: "
+            "leave one of them out"
+        )
+    return problems
 
 
 def _output_problems(options: argparse.Namespace) -> list[str]:

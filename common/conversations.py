@@ -97,7 +97,7 @@ class Conversations:
         return Example(place, make_turns(self.records[index], images))
 
 
-class _SizesOnly:
+class SizesOnly:
     """In place of the image processor: (width, height) instead of pictures, token counts and no pixels."""
 
     def __init__(self, num_crops: int) -> None:
@@ -160,7 +160,7 @@ def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) 
         The tokens, None where it cannot be encoded, and the fault with its place, None where there is none.
     """
     num_crops = processor.image_processor.num_crops
-    counting = Phi3VProcessor(_SizesOnly(num_crops), processor.tokenizer)
+    counting = Phi3VProcessor(SizesOnly(num_crops), processor.tokenizer)
     measured: list[tuple[int | None, str | None]] = []
     for index in range(len(data)):
         example = Example(data.place(index), make_turns(data.records[index], data.sizes[index]))

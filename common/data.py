@@ -6,11 +6,15 @@ that cannot be decoded is reported with its data set, split and row.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow.parquet as parquet
 import torch
+import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 
 from .collation import Example
@@ -94,8 +99,10 @@ def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     if (path / "dataset_dict.json").is_file():
         tables = datasets.load_from_disk(str(path))
-        _check_split(path, split, option, tables)
-        return tables[split]
+        # under its own name or another for the same: `val`
+        name_of = {SPLIT_NAMES.get(name, name): name for name in tables} | {name: name for name in tables}
+        _check_split(path, split, option, name_of)
+        return tables[name_of[split]]
     if (path / "state.json").is_file():
         table = datasets.load_from_disk(str(path))
         name = str(table.split) if table.split is not None else None
@@ -140,7 +147,7 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
         raise UserError(f"{option} {source}: there is no such file or folder; give one, or a hub id")
     name, _, configuration = source.partition(":")
     try:
-        return datasets.load_dataset(name, configuration or None, split=split)
+        return _load_split(name, configuration or None, split)
     except ValueError as error:  # an unknown configuration or split: the library's message lists those there are
         raise UserError(f"{option} {source}: {one_line(error)} (a configuration is named ID:CONFIG)") from error
     except Exception as error:  # the hub's errors are of many kinds: connection, time-out, not found, gated
@@ -149,6 +156,17 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
             f"({type(error).__name__}: {one_line(error)}); "
             f"give a local copy with --data_dir or {option}, or try `make demo`, which needs no network"
         ) from error
+
+
+def _load_split(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+    """A split of the hub, also under another name for the same (`val` for `validation`)."""
+    try:
+        return datasets.load_dataset(name, configuration, split=split)
+    except ValueError as error:
+        for other in (other for other, known in SPLIT_NAMES.items() if known == split and other != split):
+            with contextlib.suppress(ValueError):
+                return datasets.load_dataset(name, configuration, split=other)
+        raise error
 
 
 def one_line(error: BaseException) -> str:
@@ -163,6 +181,35 @@ def _leave_images_encoded(table: datasets.Dataset) -> datasets.Dataset:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(name, datasets.List(encoded))
     return table
+
+
+def open_header(content: bytes | None, path: str | None) -> Image.Image:
+    """A picture whose size is known and whose pixels are not read yet."""
+    return Image.open(io.BytesIO(content) if content is not None else path)
+
+
+def open_pixels(content: bytes | None, path: str | None) -> Image.Image:
+    """A picture, decoded."""
+    image = open_header(content, path)
+    image.load()
+    return image
+
+
+_opener: ContextVar[Callable[[bytes | None, str | None], Image.Image]] = ContextVar("opener", default=open_pixels)
+
+
+@contextlib.contextmanager
+def opening_images_by(opener: Callable[[bytes | None, str | None], Image.Image]) -> Iterator[None]:
+    """Let `decode_image` open pictures in another way: their headers only, or each once.
+
+    Args:
+        opener: (content, path), one of them None -> the picture.
+    """
+    token = _opener.set(opener)
+    try:
+        yield
+    finally:
+        _opener.reset(token)
 
 
 def decode_image(cell: Any, place: str) -> Image.Image:
@@ -182,12 +229,10 @@ def decode_image(cell: Any, place: str) -> Image.Image:
     if content is None and path is None:
         raise UserError(f"{place}: there is no image")
     try:
-        image = Image.open(io.BytesIO(content) if content is not None else path)
-        image.load()
+        return _opener.get()(content, None if content is not None else path)
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         which = f" ({len(content)} bytes)" if content is not None else "" if str(path) in place else f" {path}"
         raise UserError(f"{place}: the image{which} cannot be decoded: {one_line(error)}") from error
-    return image
 
 
 def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str) -> None:
@@ -223,6 +268,29 @@ def number_questions(rows: Rows, each: bool) -> list[tuple[int, int | None]]:
         return [(row, None) for row in range(len(rows))]
     texts = rows.table.select_columns(["texts"])
     return [(number, question) for number, row in enumerate(texts) for question in range(len(row["texts"]))]
+
+
+def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]]) -> list[int]:
+    """For every question the number of its row's pictures, counted from 0; nothing is decoded.
+
+    Rows whose pictures have the same content, or lie in the same files, have the same number.
+
+    Args:
+        questions: what `number_questions` made.
+    """
+    numbers: dict[tuple[Any, ...], int] = {}
+    columns = [name for name in ("image", "images") if name in rows.columns]
+    of_row = []
+    for row in rows.table.select_columns(columns):
+        cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
+        of_row.append(numbers.setdefault(tuple(map(_identify, cells)), len(numbers)))
+    return [of_row[row] for row, _ in questions]
+
+
+def _identify(cell: dict[str, Any] | None) -> bytes | str | None:
+    """What is the same for the same picture: a digest of its content, or its path."""
+    content = (cell or {}).get("bytes")
+    return (cell or {}).get("path") if content is None else hashlib.blake2b(content, digest_size=16).digest()
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -343,31 +411,58 @@ class ExampleDataset(torch.utils.data.Dataset):
     Args:
         size: how many examples an epoch has.
         make_example: (number, random generator) -> the example.
-        encode: the example -> what the collator takes; runs in the loader's workers.
+        encode: the example -> what the collator takes; runs in the loader's workers. With `pictures`:
+            examples that hold the same pictures as the same objects -> what the collator takes of each.
         seed: of all draws.
+        pictures: for every example the number of its pictures, where examples with the same ones are to
+            share them (`number_pictures`).
     """
 
     def __init__(
         self,
         size: int,
         make_example: Callable[[int, random.Random], Example],
-        encode: Callable[[Example], dict[str, Any]],
+        encode: Callable[..., Any],
         seed: int = 0,
+        pictures: Sequence[int] | None = None,
     ) -> None:
         self.size = size
         self.make_example = make_example
         self.encode = encode
         self.seed = seed
+        self.pictures = pictures
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: ExampleKey | int) -> dict[str, Any]:
+    def __getitem__(self, key: ExampleKey | int | list[ExampleKey]) -> dict[str, Any] | list[dict[str, Any]]:
+        """An encoded example with its `loss_weight`; for a list of keys, a group about the same pictures, each one."""
+        if isinstance(key, list):
+            return self._group(key) if self.pictures is not None else [self[one] for one in key]
         index, epoch, weight = key if isinstance(key, tuple) else (key, 0, 1.0)
-        generator = random.Random(f"{self.seed}-{epoch}-{index}")
-        return {**self.encode(self.make_example(index, generator)), "loss_weight": weight}
+        return {**self.encode(self.example(index, epoch)), "loss_weight": weight}
+
+    def example(self, index: int, epoch: int) -> Example:
+        """The example as it is drawn in that epoch."""
+        return self.make_example(index, random.Random(f"{self.seed}-{epoch}-{index}"))
+
+    def _group(self, keys: Sequence[ExampleKey]) -> list[dict[str, Any]]:
+        with opening_images_by(functools.cache(open_pixels)):  # every picture decoded once, and the same object
+            examples = [self.example(key.index, key.epoch) for key in keys]
+        encoded = zip(self.encode(examples), keys, strict=True)
+        return [{**one, "loss_weight": key.weight} for one, key in encoded]
 
 
 def loader_context(num_workers: int) -> str | None:
     """How loaders start their workers: forked, so that they share the rows and need not be sent them."""
     return "fork" if num_workers else None
+
+
+def gather_in_order(own: list[Any], world: int) -> list[Any]:
+    """Process r holds what belongs to examples r, r + world, …; every process gets all of it, in order."""
+    if world == 1:
+        return own
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, own)
+    longest = max(len(share) for share in shares)
+    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]

@@ -18,7 +18,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from tqdm import tqdm
 
 from .collation import Example, collate, encode_example
-from .data import loader_context
+from .data import gather_in_order, loader_context
 from .errors import UserError, is_first_process
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
@@ -99,7 +99,9 @@ def generate_answers(
     if len(set(first_tokens)) < len(first_tokens):
         raise UserError(f"the answers {candidates} begin with the same token: their probabilities cannot be told apart")
     answers: list[Generated] = []
-    with _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
+    # eagerly where training compiles (--torch_compile): a cache has another length at every token
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
         for batch in loader:
             inputs = {
                 name: batch[name].to(options.device)
@@ -125,23 +127,13 @@ def generate_answers(
             answers += [Generated(text, tuple(each)) for text, each in zip(texts, probabilities, strict=True)]
             progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
-    return _gather_in_order(answers, world)
+    return gather_in_order(answers, world)
 
 
 def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
     if options.precision.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(options.device).type, dtype=options.precision.autocast)
-
-
-def _gather_in_order(answers: list[Generated], world: int) -> list[Generated]:
-    """Process r holds the answers to examples r, r + world, …; deal them back."""
-    if world == 1:
-        return answers
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, answers)
-    longest = max(len(share) for share in shares)
-    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]
 
 
 def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:

@@ -16,8 +16,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .cli import choose_precision
 from .data import one_line
 from .errors import UserError
+from .layers import compile_layers, recompute_layers, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from .phi3v.stock import enable_activation_checkpointing, find_file
+from .phi3v.stock import find_file
 
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 
@@ -130,7 +131,8 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
 
     Args:
         name_or_path: hub id or folder.
-        options: `precision`, `attention`, `device` and `use_qlora` (the base's weights in NF4) count.
+        options: `precision`, `attention`, `device`, `use_qlora` (the base's weights in NF4), `use_liger`,
+            `torch_compile` and `max_crops_per_call` count.
 
     Raises:
         UserError: see `find_adapter`; weights that are missing, not expected or cannot be read.
@@ -153,6 +155,10 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         model = Phi3VForCausalLM.from_pretrained(base, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model_name_or_path {base} cannot be loaded: {one_line(error)}") from error
+    model.model.vision_embed_tokens.img_processor.max_crops_per_call = options.max_crops_per_call
+    model.fuses_loss = options.use_liger
+    if options.use_liger and not options.torch_compile:  # which fuses the same operations itself
+        use_liger_kernels(model)
     if options.use_qlora:
         _keep_gradients_after_evaluation(model)
     else:
@@ -175,25 +181,30 @@ def _keep_gradients_after_evaluation(model: torch.nn.Module) -> None:
 def prepare_for_training(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, options: argparse.Namespace
 ) -> Phi3VForCausalLM | PeftModel:
-    """Choose what trains: everything, all but the vision side, or adapters."""
+    """Choose what trains (everything, all but the vision side, or adapters), and how its layers are computed."""
     # what `generate` stops at by default, also in the saved generation_config.json
     model.generation_config.eos_token_id = end_token_ids(processor)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    if options.gradient_checkpointing:
-        enable_activation_checkpointing(model)
-    if isinstance(model, PeftModel):
-        return model
-    if options.use_lora:
-        return add_adapters(model, options)
+    if options.use_lora and not isinstance(model, PeftModel):
+        model = add_adapters(model, options)
+    elif not isinstance(model, PeftModel):
+        choose_weights(model, options)
+    recompute_layers(model, options.gradient_checkpointing)
+    if options.torch_compile:
+        compile_layers(model)
+    return model
+
+
+def choose_weights(model: Phi3VForCausalLM, options: argparse.Namespace) -> None:
+    """Keep from training what is frozen, and what no gradient ever reaches."""
     vision = model.model.vision_embed_tokens
     tower = vision.img_processor
-    # No gradient ever reaches the layers that are not run; they are saved as they were loaded.
+    # the layers that are not run; they are saved as they were loaded
     unused = [tower.vision_model.post_layernorm, *tower.vision_model.encoder.layers[tower.num_layers_used :]]
     # The published recipe freezes the whole image embedding, which there shares the token embeddings.
     frozen = [vision, model.model.embed_tokens] if options.freeze_vision_model else unused
     for module in frozen:
         module.requires_grad_(False)
-    return model
 
 
 def add_adapters(model: Phi3VForCausalLM, options: argparse.Namespace) -> PeftModel:

@@ -7,14 +7,18 @@ one picture stay together, so that `share_pictures` finds them in one pack.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .data import ExampleKey
+from .collation import Example, Turn, encode_example
+from .conversations import SizesOnly
+from .data import ExampleDataset, ExampleKey, gather_in_order, loader_context, open_header, opening_images_by
 from .errors import UserError
+from .phi3v import Phi3VProcessor
 
 Group = list[int]  # questions about one picture
 Pack = list[Group]  # what goes through the model at once
@@ -42,6 +46,78 @@ class Questions:
         """Tokens of some questions about one picture, the picture's counted once."""
         return self.picture_tokens[self.pictures[group[0]]] + sum(self.own_tokens[question] for question in group)
 
+    def longest_picture(self) -> int:
+        """The most tokens that a picture has with all its questions."""
+        totals = list(self.picture_tokens)
+        for picture, own in zip(self.pictures, self.own_tokens, strict=True):
+            totals[picture] += own
+        return max(totals)
+
+
+class _Lengths(torch.utils.data.Dataset):
+    """Of every example the tokens up to its last picture's, and all; of a picture only the header is read."""
+
+    def __init__(self, dataset: ExampleDataset, processor: Phi3VProcessor, epochs: int) -> None:
+        self.dataset, self.epochs = dataset, epochs
+        self.counting = Phi3VProcessor(SizesOnly(processor.image_processor.num_crops), processor.tokenizer)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        lengths = []
+        with opening_images_by(functools.cache(open_header)):
+            for epoch in range(self.epochs):  # what is drawn for it, and so its length, may differ
+                example = self.dataset.example(index, epoch)
+                turns = [
+                    Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns
+                ]
+                ids = encode_example(self.counting, Example(example.id, turns))["input_ids"]
+                places = (ids == self.counting.image_token_id).nonzero()
+                lengths.append((int(places[-1]) + 1 if len(places) else 0, len(ids)))
+        return max(prefix for prefix, _ in lengths), max(length for _, length in lengths)
+
+
+def measure_questions(
+    dataset: ExampleDataset,
+    processor: Phi3VProcessor,
+    rope_threshold: int,
+    epochs: int,
+    rank: int,
+    world: int,
+    num_workers: int,
+) -> Questions:
+    """What the sampler must know of a data set, its pictures' headers read and nothing decoded.
+
+    Every process measures its share. Where something is drawn by chance, as one of several accepted
+    answers, the longest of the run's epochs counts.
+
+    Args:
+        dataset: with its `pictures` where they are to be shared.
+        rope_threshold: the checkpoint's `original_max_position_embeddings`: examples on both sides of it
+            cannot share a picture (see `share_pictures`).
+        epochs: of the run.
+        rank, world: this process and how many there are.
+        num_workers: loader processes.
+    """
+    own = range(rank, len(dataset), world)
+    num_workers = min(num_workers, len(own))
+    loader = torch.utils.data.DataLoader(
+        _Lengths(dataset, processor, epochs),
+        sampler=own,
+        batch_size=16,
+        num_workers=num_workers,
+        multiprocessing_context=loader_context(num_workers),
+        collate_fn=list,
+    )
+    lengths = gather_in_order([pair for batch in loader for pair in batch], world)
+    if dataset.pictures is None:
+        return Questions(range(len(lengths)), [0] * len(lengths), [length for _, length in lengths])
+    numbers: dict[tuple[int, bool], int] = {}
+    pictures, picture_tokens = [], []
+    for picture, (prefix, length) in zip(dataset.pictures, lengths, strict=True):
+        pictures.append(numbers.setdefault((picture, length > rope_threshold), len(numbers)))
+        if len(picture_tokens) < len(numbers):
+            picture_tokens.append(prefix)
+    return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths])
+
 
 class PackedBatchSampler:
     """The packs of one process, as groups of `ExampleKey`s.
@@ -66,6 +142,7 @@ class PackedBatchSampler:
         rank, world: this process and how many there are.
         seed: of the shuffle.
         epochs: how many the run has, begun ones included.
+        start_step: how many of the run's steps (global batches) are taken already; they are left out.
 
     Raises:
         UserError: a question that alone has more than `max_tokens`.
@@ -80,10 +157,11 @@ class PackedBatchSampler:
         world: int,
         seed: int,
         epochs: int = 1,
+        start_step: int = 0,
     ) -> None:
         self.questions, self.batch_size, self.max_tokens = questions, batch_size, max_tokens
         self.rank, self.world, self.seed, self.epochs = rank, world, seed, epochs
-        self.epoch = 0
+        self.epoch, self.start_step = 0, start_step
         alone = [questions.tokens([question]) for question in range(len(questions))]
         longest = max(range(len(questions)), key=alone.__getitem__)
         if alone[longest] > max_tokens:
@@ -108,11 +186,18 @@ class PackedBatchSampler:
             raise ValueError(f"epoch {epoch} of a sampler for {self.epochs} epochs")
         self.epoch = epoch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch."""
+        return -(-len(self.questions) // self.batch_size)
+
     def __len__(self) -> int:
-        return -(-len(self.questions) // self.batch_size) * self.micro_steps
+        return self.steps_per_epoch * self.micro_steps
 
     def __iter__(self) -> Iterator[list[list[ExampleKey]]]:
-        for batch in self.global_batches(self.epoch):
+        for step, batch in enumerate(self.global_batches(self.epoch), start=self.epoch * self.steps_per_epoch):
+            if step < self.start_step:
+                continue
             num_questions = sum(map(len, batch))
             packs = self.divide(batch)
             for pack in packs[self.rank :: self.world]:

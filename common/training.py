@@ -8,6 +8,7 @@ processes and the examples each takes at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -21,15 +22,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from .cli import deepspeed_file, files_of_run
-from .collation import collate
+from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process
+from .layers import causal_lm_of
+from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
+from .phi3v.masks import attention_for_packing
 
 SHARED_MARK = ".seen_by_every_process"
 
@@ -55,17 +61,19 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     disable_progress_bar()  # transformers' own, over weights and files; ours are over examples and steps
     on_cpu = options.device == "cpu"
+    if not on_cpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     arguments = TrainingArguments(
         output_dir=str(options.output_dir),
-        per_device_train_batch_size=options.batch_size_per_gpu,
-        gradient_accumulation_steps=options.accumulation,
+        per_device_train_batch_size=1 if options.packs else options.batch_size_per_gpu,
+        gradient_accumulation_steps=options.accumulation or 1,
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.learning_rate,
         weight_decay=options.wd,
         warmup_steps=options.warmup_steps,
         lr_scheduler_type="linear",
-        optim="adamw_torch" if on_cpu else "adamw_torch_fused",
+        optim=options.optim,
         adam_beta1=0.9,
         adam_beta2=0.95,
         adam_epsilon=1e-7,
@@ -113,8 +121,10 @@ def _free_port() -> int:
 
 def describe(options: argparse.Namespace) -> str:
     """What is done how; for training a second line: how a step's batch is divided."""
-    attention = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}[options.attention]
-    if options.use_flash_attention and options.attention == "sdpa":
+    names = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention", "flex_attention": "FlexAttention"}
+    implementation = options.attention if options.eval_only else attention_in_training(options)
+    attention = names[implementation]
+    if options.use_flash_attention and implementation == "sdpa":
         attention = "PyTorch's own flash kernel where no row is padded (flash-attn is not installed)"
     precision = options.precision.name
     if precision == "fp32":
@@ -122,10 +132,13 @@ def describe(options: argparse.Namespace) -> str:
     how = f"on {options.device.type}, {precision}, {attention}"
     if options.eval_only:
         return f"{options.model_name_or_path}: evaluation {how}; output in {options.output_dir}"
+    divided = f"{options.batch_size_per_gpu} at once x {options.accumulation} accumulated"
+    if options.packs:
+        divided = "packs without padding" + (", questions about one picture together" if options.share_images else "")
     return (
         f"{options.model_name_or_path}: {options.method} fine-tuning {how}\n"
-        f"{options.batch_size} examples per step = {options.num_processes} processes x "
-        f"{options.batch_size_per_gpu} at once x {options.accumulation} accumulated; output in {options.output_dir}"
+        f"{options.batch_size} examples per step = {options.num_processes} processes x {divided}; "
+        f"output in {options.output_dir}"
     )
 
 
@@ -155,25 +168,33 @@ class GlobalBatchSampler:
         at_once: examples per micro-batch and process.
         rank, world: this process and how many there are.
         seed: of the shuffle.
+        start_step: how many of the run's steps (global batches) are taken already; they are left out.
     """
 
-    def __init__(self, size: int, batch_size: int, at_once: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, at_once: int, rank: int, world: int, seed: int, start_step: int = 0
+    ) -> None:
         self.size, self.batch_size, self.at_once = size, batch_size, at_once
         self.rank, self.world, self.seed = rank, world, seed
-        self.epoch = 0
+        self.epoch, self.start_step = 0, start_step
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose shuffle comes next."""
         self.epoch = epoch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch."""
+        return -(-self.size // self.batch_size)
+
     def __len__(self) -> int:
-        global_batches = -(-self.size // self.batch_size)
-        return global_batches * (self.batch_size // (self.at_once * self.world))
+        return self.steps_per_epoch * (self.batch_size // (self.at_once * self.world))
 
     def __iter__(self) -> Iterator[list[ExampleKey]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
-        for start in range(0, self.size, self.batch_size):
+        begun = max(0, self.start_step - self.epoch * self.steps_per_epoch)
+        for start in range(begun * self.batch_size, self.size, self.batch_size):
             own = order[start : start + self.batch_size]
             weight = self.batch_size / len(own)
             keys = [ExampleKey(index, self.epoch, weight) for index in own]
@@ -201,9 +222,11 @@ def rate_of(name: str, options: argparse.Namespace) -> str:
 class RecipeTrainer(Trainer):
     """transformers' Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
-    def __init__(self, *, options: argparse.Namespace, **kwargs: Any) -> None:
+    def __init__(
+        self, *, options: argparse.Namespace, batches: GlobalBatchSampler | PackedBatchSampler, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.options = options
+        self.options, self.batches = options, batches
         self.rates: dict[str, float] = {}
         self.start_counting()
 
@@ -243,6 +266,7 @@ class RecipeTrainer(Trainer):
     def start_counting(self) -> None:
         """Begin a new stretch of the log."""
         self._examples = self._tokens = 0
+        self._waited = 0.0
         self._since = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
@@ -260,42 +284,44 @@ class RecipeTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """This process's micro-batches; not wrapped by accelerate, which would divide them again."""
-        sampler = GlobalBatchSampler(
-            len(self.train_dataset),
-            self.options.batch_size,
-            self.options.batch_size_per_gpu,
-            self.args.process_index,
-            self.args.world_size,
-            self.options.seed,
-        )
         return _EpochLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=loader_context(self.args.dataloader_num_workers),
             pin_memory=torch.cuda.is_available(),
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of a step from the loader, the time that they are waited for counted."""
+        began = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - began
+        return batches
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """Count what the step holds (fillers of the last batch are no examples), then take it."""
         self._examples += int((inputs["loss_weights"] > 0).sum())
-        self._tokens += int(inputs["attention_mask"].sum())
+        mask = inputs.get("attention_mask")  # packed rows have no padding and no mask
+        self._tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add examples and tokens per second of all processes, and the largest peak of memory in GB."""
+        """Add examples and tokens per second of all processes, and of the process that has most of it the share
+        of the time spent waiting for data and the peak of memory in GB."""
         if "loss" in logs:
             logs |= self.rates
             elapsed = time.perf_counter() - self._since
             counts = torch.tensor([self._examples, self._tokens], dtype=torch.float64, device=self.args.device)
-            peak = torch.tensor(memory_peak(), dtype=torch.float64, device=self.args.device)
+            most = torch.tensor([self._waited, memory_peak()], dtype=torch.float64, device=self.args.device)
             if dist.is_initialized():
                 dist.all_reduce(counts)
-                dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX)
             logs["examples_per_second"] = round(counts[0].item() / elapsed, 3)
             logs["tokens_per_second"] = round(counts[1].item() / elapsed, 1)
-            logs["memory_peak_gb"] = round(peak.item(), 3)
+            logs["data_wait_share"] = round(most[0].item() / elapsed, 4)
+            logs["memory_peak_gb"] = round(most[1].item(), 3)
             self.start_counting()
         super().log(logs, start_time)
         if is_first_process():
@@ -311,7 +337,7 @@ def memory_peak() -> float:
 
 
 def run_vision_without_pictures(model: torch.nn.Module) -> None:
-    """Let a training step on text alone add 0 times the features of a blank picture to the token embeddings.
+    """Let a training step on text alone add the sum of no features of a blank picture to the token embeddings.
 
     DDP and DeepSpeed wait for every trained parameter's gradient on every process, whatever one's
     examples hold. Under ZeRO-3 every process must also run the same modules in the same order, so
@@ -325,7 +351,8 @@ def run_vision_without_pictures(model: torch.nn.Module) -> None:
         size = decoder.vision_embed_tokens.img_processor.vision_model.config.image_size
         blank = torch.zeros(2, 3, size, size, device=embeddings.device)  # a global view and one sub-image
         features = decoder.vision_embed_tokens(blank, torch.tensor([[size, size]]))
-        embeddings = embeddings + (0 * features).sum().to(embeddings.dtype)
+        # the sum of none of them is 0, also where one is not finite, and has a gradient of 0
+        embeddings = embeddings + features[:0].sum().to(embeddings.dtype)
         return arguments, {**keywords, "input_ids": None, "inputs_embeds": embeddings}
 
     for module in model.modules():
@@ -352,7 +379,8 @@ class _WhileTraining(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.evaluate and self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
             began = time.perf_counter()
-            self.evaluate(f"eval_step_{state.global_step}")
+            with using_attention(self.trainer.model, self.options.attention):
+                self.evaluate(f"eval_step_{state.global_step}")
             self.trainer.leave_out(time.perf_counter() - began)
 
 
@@ -372,18 +400,97 @@ def train(
     Returns:
         The Trainer, with what `save` needs.
     """
+    batches = make_batches(dataset, processor, arguments, options, causal_lm_of(model).config)
     callback = _WhileTraining(options, evaluate)
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=lambda encoded: collate(processor, encoded),
+        data_collator=make_collator(processor, options, causal_lm_of(model).config),
         options=options,
+        batches=batches,
         callbacks=[callback],
     )
     callback.trainer = trainer
-    trainer.train()
+    with using_attention(model, attention_in_training(options)):
+        trainer.train()
     return trainer
+
+
+def make_batches(
+    dataset: ExampleDataset,
+    processor: Phi3VProcessor,
+    arguments: TrainingArguments,
+    options: argparse.Namespace,
+    config: Phi3VConfig,
+) -> GlobalBatchSampler | PackedBatchSampler:
+    """This process's micro-batches; where rows are packed, `arguments` are told how many make a step.
+
+    Raises:
+        UserError: an example with more than `--max_tokens_per_gpu`.
+    """
+    rank, world = arguments.process_index, arguments.world_size
+    if not options.packs:
+        at_once = options.batch_size_per_gpu
+        return GlobalBatchSampler(len(dataset), options.batch_size, at_once, rank, world, options.seed)
+    epochs = options.num_train_epochs
+    if options.max_steps:
+        epochs = -(-options.max_steps // -(-len(dataset) // options.batch_size))
+    threshold = config.original_max_position_embeddings
+    questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers)
+    most = options.max_tokens_per_gpu or options.batch_size_per_gpu * questions.longest_picture()
+    batches = PackedBatchSampler(questions, options.batch_size, most, rank, world, options.seed, epochs)
+    set_accumulation(arguments, batches.micro_steps)
+    pictures = f" about {len(questions.picture_tokens)} pictures" if options.share_images else ""
+    excess = 100 * spread(batches.tokens_per_process(0))
+    say(
+        f"{len(questions)} examples{pictures} in an epoch; a step is {world} processes x {batches.micro_steps} packs "
+        f"of at most {most} tokens; the fullest process has {excess:.1f} % more than an equal share"
+    )
+    return batches
+
+
+def set_accumulation(arguments: TrainingArguments, micro_steps: int) -> None:
+    """Tell the Trainer and DeepSpeed, after their arguments were made, how many micro-batches make a step."""
+    arguments.gradient_accumulation_steps = micro_steps
+    if arguments.deepspeed_plugin is not None:  # made anew, as `TrainingArguments` itself does
+        arguments.hf_deepspeed_config = HfTrainerDeepSpeedConfig(arguments.deepspeed)
+        arguments.hf_deepspeed_config.trainer_config_process(arguments)
+        arguments.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=arguments.hf_deepspeed_config)
+
+
+def make_collator(
+    processor: Phi3VProcessor, options: argparse.Namespace, config: Phi3VConfig
+) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+    """Encoded examples, or groups of them about the same pictures -> a padded batch, or a packed row."""
+    if not options.packs:
+        return lambda encoded: collate(processor, encoded)
+    threshold = config.original_max_position_embeddings
+
+    def collate_groups(groups: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        documents = [share_pictures(group, config.image_token_id, threshold) for group in groups]
+        return pack([document for each in documents for document in each])
+
+    return collate_groups
+
+
+def attention_in_training(options: argparse.Namespace) -> str:
+    """transformers' name of the attention that trains; evaluation has `options.attention`."""
+    if not options.packs:
+        return options.attention
+    return attention_for_packing(options.attention, torch.device(options.device).type, options.share_images)
+
+
+@contextlib.contextmanager
+def using_attention(model: torch.nn.Module, implementation: str) -> Iterator[None]:
+    """Let the decoder use an implementation of attention for a while."""
+    config = causal_lm_of(model).config
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
-from common.cli import PART_LEARNING_RATES
+from common.cli import OPTIMIZERS, PART_LEARNING_RATES
 from common.errors import UserError, run
 
 ROOT = Path(docvqa.__file__).parent
@@ -38,14 +39,24 @@ PUBLISHED = {
     "full_train": False,
     "tqdm": True,
     "warmup_steps": 50,
-    "gradient_checkpointing": True,
 }
 
 
-def parse(monkeypatch, tmp_path, *arguments, processes=1):
+# not published: what a run without further options does
+OURS = {
+    "gradient_checkpointing": "full",
+    "share_images": False,
+    "max_tokens_per_gpu": None,
+    "max_crops_per_call": None,
+    "packs": False,
+    "torch_compile": False,
+}
+
+
+def parse(monkeypatch, tmp_path, *arguments, processes=1, script=docvqa):
     monkeypatch.setattr(sys, "argv", ["finetune", "--output_dir", str(tmp_path / "out"), *map(str, arguments)])
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    return docvqa.parse()
+    return script.parse()
 
 
 def on_gpu(monkeypatch, capability):
@@ -60,7 +71,8 @@ def test_published_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["finetune"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     options = vars(docvqa.parse())
-    assert {name: options[name] for name in PUBLISHED} == PUBLISHED
+    expected = PUBLISHED | OURS
+    assert {name: options[name] for name in expected} == expected
     assert str(options["output_dir"]) == "output"
 
 
@@ -148,6 +160,21 @@ WRONG = [
     (("--report_to", "neptune_of_old"), "--report_to neptune_of_old: not installed here"),
     (("--output_dir", "/proc/output"), "--output_dir /proc/output cannot be written"),
     (("--eval_steps", 5, "--deepspeed", "ds_configs/zero3.json"), "--eval_steps does not go with ZeRO-3"),
+    (("--max_tokens_per_gpu", 0), "--max_tokens_per_gpu 0: it must be at least 1"),
+    (
+        ("--max_tokens_per_gpu", 9000, "--batch_size_per_gpu", 2),
+        "--max_tokens_per_gpu 9000 and --batch_size_per_gpu 2 both say what goes through a GPU at once",
+    ),
+    (("--max_crops_per_call", 0), "--max_crops_per_call 0: it must be at least 1"),
+    (("--max_crops_per_call", 8, "--deepspeed", "ds_configs/zero3.json"), "--max_crops_per_call does not go with"),
+    (("--torch_compile", "--deepspeed", "ds_configs/zero3.json"), "--torch_compile does not go with ZeRO-3"),
+    (("--use_liger",), "--use_liger needs a CUDA GPU and there is none: leave the option out"),
+    (("--optim", "sgd"), "argument --optim: invalid choice: 'sgd'"),
+    (
+        ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero2_offload.json"),
+        "--optim adamw_8bit does not go with",
+    ),
+    (("--gradient_checkpointing", "some"), "argument --gradient_checkpointing: invalid choice: 'some'"),
 ]
 
 
@@ -169,6 +196,65 @@ def test_all_problems_at_once(monkeypatch, tmp_path):
     assert "give a multiple of 4" in text
     assert "17" in text
     assert "--use_flash_attention" in text
+
+
+def test_problems_with_zero3_at_once(monkeypatch, tmp_path):
+    others = ("--eval_steps", 5, "--max_crops_per_call", 8, "--torch_compile", "--num_crops", 17)
+    with pytest.raises(UserError, match=r"^4 problems:"):
+        parse(monkeypatch, tmp_path, "--deepspeed", "ds_configs/zero3.json", *others)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--share_images",), ("--max_tokens_per_gpu", 9000), ("--share_images", "--batch_size_per_gpu", 3)]
+)
+def test_packs_need_no_equal_division(monkeypatch, tmp_path, arguments):
+    options = parse(monkeypatch, tmp_path, "--batch_size", 10, *arguments, processes=4)
+    assert (options.packs, options.accumulation) == (True, None)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_packing_is_of_all_scripts_and_sharing_of_two(monkeypatch, tmp_path, script):
+    assert parse(monkeypatch, tmp_path, "--max_tokens_per_gpu", 9000, script=script).packs
+    if script in (docvqa, nlvr2):
+        assert parse(monkeypatch, tmp_path, "--share_images", script=script).packs
+    else:
+        with pytest.raises(UserError, match="unrecognized arguments: --share_images"):
+            parse(monkeypatch, tmp_path, "--share_images", script=script)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "which"),
+    [
+        (("--no-gradient_checkpointing",), "none"),
+        (("--gradient_checkpointing", "none"), "none"),
+        (("--gradient_checkpointing", "selective"), "selective"),
+    ],
+)
+def test_gradient_checkpointing(monkeypatch, tmp_path, arguments, which):
+    assert parse(monkeypatch, tmp_path, *arguments).gradient_checkpointing == which
+
+
+def test_liger(monkeypatch, tmp_path):
+    """On where it is to be had, unless told otherwise; asked for and not there, an error."""
+    installed = [False]
+    monkeypatch.setattr("common.cli.liger_is_installed", lambda: installed[0])
+    assert parse(monkeypatch, tmp_path).use_liger is False
+    on_gpu(monkeypatch, (8, 0))
+    assert parse(monkeypatch, tmp_path).use_liger is False
+    with pytest.raises(UserError, match=r"--use_liger: liger-kernel 0.8 or newer is not installed: pip install -r"):
+        parse(monkeypatch, tmp_path, "--use_liger")
+    installed[0] = True
+    assert parse(monkeypatch, tmp_path).use_liger is True
+    assert parse(monkeypatch, tmp_path, "--no-use_liger").use_liger is False
+
+
+def test_optimizer(monkeypatch, tmp_path):
+    """Every name is one that the Trainer knows; fused where there is CUDA."""
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert parse(monkeypatch, tmp_path).optim == "adamw_torch"
+    assert parse(monkeypatch, tmp_path, "--optim", "paged_adamw_8bit").optim == "paged_adamw_8bit"
+    on_gpu(monkeypatch, (8, 0))
+    assert parse(monkeypatch, tmp_path).optim == "adamw_torch_fused"
 
 
 def test_old_gpu(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Reading rows: every layout and every way to store it; each fault an error that names its place."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -16,9 +17,15 @@ from common.data import (
     ImageFinder,
     check_answers,
     decode_image,
+    gather_in_order,
     load_rows,
+    number_pictures,
+    number_questions,
+    open_header,
+    opening_images_by,
     path_inside,
     report_missing,
+    rows_of_records,
 )
 from common.errors import UserError
 
@@ -294,7 +301,7 @@ def test_user_error_from_a_worker_keeps_its_message_only():
 
 
 def options_for(**values):
-    return type("Options", (), {"all_questions": False, "seed": 7, **values})
+    return type("Options", (), {"all_questions": False, "share_images": False, "seed": 7, **values})
 
 
 class FakeProcessor:
@@ -343,3 +350,99 @@ def test_example_dataset_hands_on_the_weight():
         2, lambda index, generator: Example(str(index), [Turn("q", "a")]), lambda one: {"id": one.id}
     )
     assert dataset[ExampleKey(1, 0, 0.25)] == {"id": "1", "loss_weight": 0.25}
+
+
+# Pictures that several questions share
+
+
+def test_pictures_are_numbered_by_their_content(tmp_path):
+    """The mini set's way, a row per question: rows 0 and 2 hold the same page; nothing is decoded."""
+    rows = [{"image": {"bytes": content, "path": None}} for content in (b"page 1", b"page 2", b"page 1")]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    loaded = load_rows(str(tmp_path), "train", [("image",)], "--train_data")
+    assert number_pictures(loaded, number_questions(loaded, each=True)) == [0, 1, 0]
+
+
+def test_pictures_are_numbered_by_their_files_and_in_their_order():
+    pairs = (("a", "b"), ("b", "a"), ("a", "b"))
+    records = [
+        {"images": [{"bytes": None, "path": name} for name in pair], "texts": [{"user": "Q"}] * 2} for pair in pairs
+    ]
+    rows = rows_of_records("set", "train", records)
+    assert number_pictures(rows, number_questions(rows, each=True)) == [0, 0, 1, 1, 0, 0]
+
+
+def test_pages_of_the_cauldron_are_numbered_by_row(tmp_path):
+    cauldron([1, 3, 2]).to_parquet(tmp_path / "train.parquet")
+    rows = load(tmp_path)
+    assert number_pictures(rows, number_questions(rows, each=True)) == [0, 1, 1, 1, 2, 2]
+
+
+def test_a_group_decodes_its_page_once(tmp_path, monkeypatch):
+    """The questions of a group hold the same picture object; the weights and draws are each question's own."""
+    cauldron([1, 3, 2]).to_parquet(tmp_path / "train.parquet")
+    decoded = Counter()
+    monkeypatch.setattr(
+        "common.data.open_pixels", lambda content, path: (decoded.update("x"), open_header(content, path))[1]
+    )
+    monkeypatch.setattr(docvqa, "encode_questions", lambda processor, examples: [{"example": one} for one in examples])
+    dataset = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for(share_images=True))
+    assert dataset.pictures == [0, 1, 1, 1, 2, 2]
+    group = dataset[[ExampleKey(3, 0, 0.5), ExampleKey(1, 0, 2.0)]]
+    assert decoded["x"] == 1
+    assert [one["loss_weight"] for one in group] == [0.5, 2.0]
+    turns = [one["example"].turns[0] for one in group]
+    assert [turn.assistant for turn in turns] == ["A1.2", "A1.0"]
+    assert turns[0].images[0] is turns[1].images[0]
+
+
+def test_a_group_that_shares_nothing_is_its_examples():
+    dataset = ExampleDataset(
+        2, lambda index, generator: Example(str(index), [Turn("q", "a")]), lambda one: {"id": one.id}
+    )
+    assert dataset[[ExampleKey(1, 0, 0.25)]] == [{"id": "1", "loss_weight": 0.25}]
+
+
+def test_headers_only(tmp_path):
+    """A picture whose pixels are cut off has a size; decoding it is an error, also after the other way was used."""
+    content = io.BytesIO()
+    picture(size=(90, 60)).save(content, "PNG")
+    cell = {"bytes": content.getvalue()[:200], "path": None}
+    with opening_images_by(open_header):
+        assert decode_image(cell, "here").size == (90, 60)
+    with pytest.raises(UserError, match=r"here: the image .200 bytes. cannot be decoded"):
+        decode_image(cell, "here")
+
+
+def test_gathered_in_order(monkeypatch):
+    """Three processes with seven examples."""
+    shares = [[0, 3, 6], [1, 4], [2, 5]]
+    monkeypatch.setattr("common.data.dist.all_gather_object", lambda into, own: into.__setitem__(slice(None), shares))
+    assert gather_in_order(shares[1], 3) == list(range(7))
+    assert gather_in_order([1, 2], 1) == [1, 2]
+
+
+# Splits under another name
+
+
+def test_hub_split_named_val(monkeypatch):
+    """Asked for `validation`; a split that is there under no name is told as the library tells it."""
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append(split)
+        if split == "val":
+            return mini(2)
+        raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'val'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows("some/set", "validation", docvqa.LAYOUTS, "--eval_data")
+    assert (len(rows), asked) == (2, ["validation", "val"])
+    with pytest.raises(UserError, match=r'--eval_data some/set: Unknown split "test"'):
+        load_rows("some/set", "test", docvqa.LAYOUTS, "--eval_data")
+
+
+def test_saved_split_named_val(tmp_path):
+    datasets.DatasetDict({"train": mini(3), "val": mini(2)}).save_to_disk(str(tmp_path / "saved"))
+    assert len(load_rows(str(tmp_path / "saved"), "validation", docvqa.LAYOUTS, "--eval_data")) == 2

@@ -38,7 +38,10 @@ def options_for(checkpoint, **values):
         "lora_alpha_ratio": 2,
         "lora_dropout": 0.0,
         "freeze_vision_model": False,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "none",
+        "max_crops_per_call": None,
+        "use_liger": False,
+        "torch_compile": False,
         "eval_only": False,
         "bf16": False,
         "output_dir": Path("unused"),
@@ -92,7 +95,9 @@ def test_full_training_leaves_out_what_is_not_run(checkpoint):
 
 
 def test_frozen_vision_still_trains_every_decoder_layer(checkpoint):
-    model, processor = load_for_training(options_for(checkpoint, freeze_vision_model=True, gradient_checkpointing=True))
+    model, processor = load_for_training(
+        options_for(checkpoint, freeze_vision_model=True, gradient_checkpointing="full")
+    )
     found = gradients(model, inputs_of(processor))
     expected = {name for name, _ in model.named_parameters() if "embed_tokens" not in name}
     assert set(found) == expected
@@ -114,6 +119,34 @@ def test_text_alone_gives_every_trained_parameter_a_gradient(checkpoint):
     for name, gradient in found.items():
         assert torch.equal(gradient, expected.get(name, torch.zeros_like(gradient))), name
         assert ("vision_embed_tokens" in name) == (name not in expected), name
+
+
+def test_text_alone_changes_nothing_where_the_blank_picture_overflows(checkpoint):
+    """As float16 may: 0 times a feature that is not finite would be no 0."""
+    model, processor = load_for_training(options_for(checkpoint))
+    run_vision_without_pictures(model)
+    inputs = {
+        name: value for name, value in inputs_of(processor).items() if name not in ("pixel_values", "image_sizes")
+    }
+    for name in ("input_ids", "labels"):
+        inputs[name] = inputs[name].masked_fill(inputs["input_ids"] == model.config.image_token_id, 13)
+    with torch.no_grad():
+        wanted = model.train()(**inputs).loss
+        model.model.vision_embed_tokens.img_projection[2].bias.fill_(float("inf"))
+        assert torch.equal(model(**inputs).loss, wanted)
+
+
+def test_crops_per_call(checkpoint):
+    """At most so many at a time, with the same loss to float32's rounding."""
+    calls, losses = [], []
+    for most in (None, 1):
+        model, processor = load_for_training(options_for(checkpoint, max_crops_per_call=most))
+        layer = model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers[0]
+        layer.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        with torch.no_grad():
+            losses.append(model(**inputs_of(processor)).loss.item())
+    assert calls == [2, 1, 1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -331,6 +331,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
     # Tells transformers' Trainer that the loss is a mean over examples already: it must average over
     # micro-batches and not count label tokens, which would weight long answers more.
     accepts_loss_kwargs = False
+    fuses_loss = True  # where many positions are labelled and Liger's kernel is there
 
     def __init__(self, config: Phi3VConfig) -> None:
         super(Phi3ForCausalLM, self).__init__(config)
@@ -425,7 +426,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         head = self.lm_head
         # a head that is adapted, or whose weight lies in pieces on other processes, must be called
         is_plain = type(head) is nn.Linear and head.weight.shape[0] == self.vocab_size
-        if is_plain and len(targets) >= FUSED_LOSS_FROM:
+        if self.fuses_loss and is_plain and len(targets) >= FUSED_LOSS_FROM:
             fused_token_losses = find_fused_cross_entropy(hidden_states.device.type)
             if fused_token_losses is not None:
                 return fused_token_losses(hidden_states, head, targets)

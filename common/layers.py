@@ -1,0 +1,95 @@
+"""What is done to the layers for speed or memory: recomputation, Liger's kernels, torch.compile.
+
+Each leaves the layers' names, weights and results (but for rounding) as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.models.phi3 import modeling_phi3
+
+from .phi3v import Phi3VForCausalLM
+from .phi3v.stock import enable_activation_checkpointing
+
+RECOMPILE_LIMIT = 64
+
+
+def causal_lm_of(model: nn.Module) -> Phi3VForCausalLM:
+    """The model itself, also inside a `PeftModel`."""
+    return next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))
+
+
+def stacks_of(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The layers that run: the decoder's, then the tower's."""
+    decoder = causal_lm_of(model).model
+    tower = decoder.vision_embed_tokens.img_processor
+    yield list(decoder.layers)
+    yield list(tower.vision_model.encoder.layers[: tower.num_layers_used])
+
+
+def recompute_layers(model: nn.Module, which: str) -> None:
+    """Choose the layers whose activations are computed again in the backward pass, from the layer's input.
+
+    A frozen stack has no backward pass and recomputes nothing.
+
+    Args:
+        model: what trains chosen already.
+        which: "none", "full" (all) or "selective" (every second, beginning with the first).
+    """
+    if which == "none":
+        return
+    enable_activation_checkpointing(causal_lm_of(model))
+    decoder, tower = stacks_of(model)
+    for stack, has_backward in ((decoder, True), (tower, any(each.requires_grad for each in _weights(tower)))):
+        for number, layer in enumerate(stack):
+            layer.gradient_checkpointing = has_backward and (which == "full" or number % 2 == 0)
+
+
+def _weights(layers: list[nn.Module]) -> Iterator[nn.Parameter]:
+    for layer in layers:
+        yield from layer.parameters()
+
+
+def use_liger_kernels(model: Phi3VForCausalLM) -> None:
+    """Let Liger compute the model's norms and SwiGLU, and the rotation of all Phi-3 models of this process.
+
+    Needs CUDA (or Triton's interpreter) and liger-kernel.
+    """
+    from liger_kernel.transformers import functional
+
+    def rms_norm(module: nn.Module):
+        return lambda states: functional.liger_rms_norm(states, module.weight, module.variance_epsilon)
+
+    def layer_norm(module: nn.LayerNorm):
+        return lambda states: functional.liger_layer_norm(states, module.weight, module.bias, module.eps)
+
+    def swiglu(module: nn.Module):
+        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+            gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            return module.down_proj(functional.liger_swiglu(gate, up))
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, modeling_phi3.Phi3RMSNorm):
+            module.forward = rms_norm(module)
+        elif isinstance(module, nn.LayerNorm):
+            module.forward = layer_norm(module)
+        elif isinstance(module, modeling_phi3.Phi3MLP) and model.config.hidden_act == "silu":
+            module.forward = swiglu(module)
+    modeling_phi3.apply_rotary_pos_emb = functional.liger_rope
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile every layer that runs; layers of one stack share what is compiled.
+
+    The two stacks, recomputed and kept layers and the first lengths are compiled apart: more than the
+    eight of one function after which torch gives up.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    for stack in stacks_of(model):
+        for layer in stack:
+            layer.compile()
