@@ -1,0 +1,140 @@
+"""Recomputation, Liger's kernels and torch.compile change nothing but speed and memory.
+
+Tolerances: recomputed layers give the same bits. In float32 Liger and compiled layers add up in another order: 1e-5
+of a parameter's gradient; found are 2e-6. A norm or a rotation that is left out gives 1e-1.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers.models.phi3 import modeling_phi3
+
+from common.collation import pack
+from common.layers import causal_lm_of, compile_layers, recompute_layers, stacks_of, use_liger_kernels
+from tests.packed_helpers import packed_gradients, questions, shared, training_model, worst_difference
+
+GROUPS = [questions(1, [(1, 1)], [(9, 3), (20, 1)]), questions(2, [], [(25, 6)])]
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    return pack(shared(GROUPS))
+
+
+def frozen_vision(model: torch.nn.Module) -> torch.nn.Module:
+    model.model.vision_embed_tokens.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("which", "decoder", "tower"),
+    [("none", [0, 0, 0], [0, 0]), ("selective", [1, 0, 1], [1, 0]), ("full", [1, 1, 1], [1, 1])],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recomputed_layers(batch, which: str, decoder: list[int], tower: list[int], frozen: bool) -> None:
+    """A layer whose activations are recomputed runs twice in a step, any other once; the gradients are the same."""
+    model = training_model("sdpa", torch.float32)
+    model = frozen_vision(model) if frozen else model
+    wanted = packed_gradients(model, batch)
+    recompute_layers(model, which)
+    runs = []
+    for stack in stacks_of(model):
+        for layer in stack:
+            norm = layer.input_layernorm if hasattr(layer, "input_layernorm") else layer.layer_norm1
+            runs.append([norm, 0])
+            norm.register_forward_pre_hook(lambda _, inputs, count=runs[-1]: count.__setitem__(1, count[1] + 1))
+    found = packed_gradients(model, batch)
+    expected = decoder + ([0, 0] if frozen else tower)
+    assert [count - 1 for _, count in runs] == expected
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+def test_recomputed_layers_under_an_adapter(batch) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(training_model("sdpa", torch.float32), config)
+    wanted = packed_gradients(model, batch)
+    recompute_layers(model, "full")
+    decoder, tower = stacks_of(model)
+    assert all(layer.gradient_checkpointing for layer in decoder)
+    assert not any(layer.gradient_checkpointing for layer in tower)  # nothing in it trains
+    found = packed_gradients(model, batch)
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+    assert causal_lm_of(model) is model.base_model.model
+
+
+def test_layers_that_are_compiled(monkeypatch) -> None:
+    """Those that run, and no other module: whole models take minutes."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    model = training_model("sdpa", torch.float32)
+    compile_layers(model)
+    decoder, tower = stacks_of(model)
+    assert compiled == [*decoder, *tower]
+    assert len(tower) == 2  # of three, the last of which is not run
+
+
+@pytest.mark.long  # compiling takes half a minute
+@pytest.mark.parametrize("which", ["none", "selective"])
+def test_compiled_layers(batch, which: str) -> None:
+    model = training_model("sdpa", torch.float32)
+    wanted = packed_gradients(model, batch)
+    recompute_layers(model, which)
+    compile_layers(model)
+    difference, name = worst_difference(model, packed_gradients(model, batch), wanted)
+    assert difference <= 1e-5, name
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_liger_kernels(batch, monkeypatch) -> None:
+    """Norms, SwiGLU and rotation as they are; Triton's interpreter does not run all of them."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("Liger's kernels need CUDA")
+    monkeypatch.setattr(modeling_phi3, "apply_rotary_pos_emb", modeling_phi3.apply_rotary_pos_emb)
+    batch = {name: value.to("cuda") for name, value in batch.items()}
+    model = training_model("sdpa", torch.float32).to("cuda")
+    wanted = packed_gradients(model, batch)
+    use_liger_kernels(model)
+    difference, name = worst_difference(model, packed_gradients(model, batch), wanted)
+    assert difference <= 1e-5, name
+
+
+def test_what_liger_computes(batch, monkeypatch) -> None:
+    """Which modules its functions take over, shown to stand-ins: they are called with the modules' own weights."""
+    functions = type("functional", (), {})()
+    calls = []
+
+    def rms_norm(states, weight, eps):
+        calls.append("rms_norm")
+        return torch.nn.functional.rms_norm(states, weight.shape, weight, eps)
+
+    def layer_norm(states, weight, bias, eps):
+        calls.append("layer_norm")
+        return torch.nn.functional.layer_norm(states, weight.shape, weight, bias, eps)
+
+    def swiglu(gate, up):
+        calls.append("swiglu")
+        return torch.nn.functional.silu(gate) * up
+
+    stock_rope = modeling_phi3.apply_rotary_pos_emb
+
+    def rope(query, key, cosines, sines):
+        calls.append("rope")
+        return stock_rope(query, key, cosines, sines)
+
+    functions.liger_rms_norm, functions.liger_layer_norm = rms_norm, layer_norm
+    functions.liger_swiglu, functions.liger_rope = swiglu, rope
+    package = type("transformers", (), {"functional": functions})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setattr(modeling_phi3, "apply_rotary_pos_emb", stock_rope)
+    model = training_model()
+    wanted = packed_gradients(model, batch)
+    use_liger_kernels(model)
+    difference, name = worst_difference(model, packed_gradients(model, batch), wanted)
+    assert difference <= 1e-9, name
+    # three decoder layers and the last norm; two tower layers and the norm before them
+    assert {name: calls.count(name) for name in set(calls)} == {"rms_norm": 7, "layer_norm": 5, "swiglu": 3, "rope": 3}
