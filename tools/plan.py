@@ -1,0 +1,235 @@
+"""What a training step needs of a GPU's memory, part by part, and the fastest setting that fits.
+
+    python -m tools.plan --gpu_memory 80 --gpus 8 --bf16
+    python -m tools.plan --gpu_memory 16 --method qlora --bf16 --model_name_or_path FOLDER
+    python -m tools.plan --gpu_memory 80 --method lora --bf16 --gradient_checkpointing none --batch_size_per_gpu 4
+
+Options are the scripts' own. What is given of --gradient_checkpointing, --optim, --batch_size_per_gpu and --deepspeed
+is kept, what is not is searched, in this order, of which the first that fits is proposed:
+
+1. The optimizer's state on the GPU before state that leaves it (paged, or DeepSpeed's offload).
+2. Less computed again in the backward pass before more: "full" costs a third of the step's work, "selective" a sixth.
+3. AdamW's state in 32 bits before 8, which changes the results a little; where 8 are proposed, 32 are shown too.
+4. More examples at once before fewer: fewer passes, and under ZeRO-2 fewer reductions of the gradients.
+
+The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see tools/memory.py for what they
+are made of. For packed batches let --tokens be --max_tokens_per_gpu, with as many --images as a pack has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+
+from common.cli import BITSANDBYTES_OPTIMIZERS, CHECKPOINTING, DEEPSPEED, MAX_NUM_CROPS, OPTIMIZERS
+from common.errors import UserError, raise_all
+from common.phi3v import Phi3VConfig
+from tools.memory import (
+    CUDA_CONTEXT,
+    FRAGMENTATION,
+    METHODS,
+    Part,
+    Setting,
+    estimate,
+    needed,
+    peak,
+    read_zero_configuration,
+)
+
+OFFICIAL = ("official", "microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
+OFFLOAD = "ds_configs/zero2_offload.json"
+MOST_AT_ONCE = 16
+EXTRA_WORK = {"none": "nothing", "selective": "a sixth of the step's work", "full": "a third of the step's work"}
+PHASES = {
+    "held": "held throughout",
+    "backward": "as the backward pass begins",
+    "step": "in the optimizer's step",
+    "outside": "outside, where the GPU is short",
+}
+
+
+def candidates(fixed: Setting, options: argparse.Namespace) -> Iterator[Setting]:
+    """All settings that the options leave open, the fastest first."""
+    own = fixed.batch_size // fixed.gpus
+    sizes = [size for size in range(min(own, MOST_AT_ONCE), 0, -1) if own % size == 0]
+    sizes = [options.batch_size_per_gpu] if options.batch_size_per_gpu else sizes
+    again = [options.gradient_checkpointing] if options.gradient_checkpointing else CHECKPOINTING
+    optimizers = [options.optim] if options.optim else ["adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS]
+    files = [options.deepspeed] if options.deepspeed else [DEEPSPEED] if fixed.uses_lora else [DEEPSPEED, OFFLOAD]
+    settings = [
+        dataclasses.replace(fixed, gradient_checkpointing=which, optim=optim, batch_size_per_gpu=size, deepspeed=file)
+        for which in again
+        for file in files
+        for optim in optimizers
+        for size in sizes
+        if not (file == OFFLOAD and optim in BITSANDBYTES_OPTIMIZERS)
+    ]
+    yield from sorted(settings, key=lambda one: one.optim.startswith("paged") or one.deepspeed == OFFLOAD)
+
+
+def in_words(setting: Setting) -> str:
+    """The options to give a script."""
+    words = f"--gradient_checkpointing {setting.gradient_checkpointing} --optim {setting.optim}"
+    words += f" --batch_size_per_gpu {setting.batch_size_per_gpu}"
+    return words + (f" --deepspeed {setting.deepspeed}" if setting.deepspeed != DEEPSPEED else "")
+
+
+def helps(config: Phi3VConfig, setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """What else would need less, one change at a time."""
+    for method in METHODS[METHODS.index(setting.method) + 1 :]:
+        yield f"--method {method}", dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
+    if not setting.uses_lora:
+        for gpus in (2 * setting.gpus, 8 * setting.gpus):
+            more = dataclasses.replace(setting, gpus=gpus, batch_size=max(gpus, setting.batch_size))
+            yield f"{gpus} GPUs instead of {setting.gpus}", more
+    if setting.num_crops > 1:
+        crops = setting.num_crops // 4 or 1
+        gone = 144 * setting.images * (setting.num_crops - crops)  # positions of the sub-images that are gone
+        tokens = max(setting.tokens - gone, setting.answer_tokens + 1)
+        yield f"--num_crops {crops}", dataclasses.replace(setting, num_crops=crops, tokens=tokens)
+
+
+def report(parts: Sequence[Part]) -> str:
+    """A setting's parts as a table."""
+    lines = []
+    for phase, title in PHASES.items():
+        own = [part for part in parts if part.phase == phase]
+        if own:
+            lines.append(f"{title:<32}{sum(part.size for part in own) / 1e9:>8.2f} GB")
+            lines += [f"  {part.name:<30}{part.size / 1e9:>8.2f}     {part.about}" for part in own]
+    lines.append(f"{'peak':<32}{peak(parts) / 1e9:>8.2f} GB  held, and the greater of backward pass and step")
+    more = f"{FRAGMENTATION:.0%} for fragmentation, {CUDA_CONTEXT / 1e9:.1f} GB for CUDA and NCCL: assumed"
+    return "\n".join([*lines, f"{'needed':<32}{needed(parts) / 1e9:>8.2f} GB  {more}"])
+
+
+def propose(config: Phi3VConfig, fixed: Setting, options: argparse.Namespace) -> int:
+    """Print the first of the candidates that fits, or by how much the least greedy does not.
+
+    Returns:
+        0 where one fits, else 1.
+    """
+    room = options.gpu_memory * 1e9
+    sized = [(needed(estimate(config, setting)), setting) for setting in candidates(fixed, options)]
+    fitting = [one for one in sized if one[0] <= room]
+    if not fitting:
+        return tell_shortage(config, *min(sized, key=lambda one: one[0]), room)
+    _, chosen = fitting[0]
+    print(f"fastest that fits {options.gpu_memory:g} GB: {in_words(chosen)}\n\n{report(estimate(config, chosen))}\n")
+    print(f"computed again: {EXTRA_WORK[chosen.gradient_checkpointing]}")
+    faster = sized[: sized.index(fitting[0])]
+    if faster:
+        size, setting = min(faster, key=lambda one: one[0])
+        print(f"of what would be faster the least greedy needs {size / 1e9:.1f} GB: {in_words(setting)}")
+    exact = [one for one in fitting if not one[1].optim.endswith("8bit")]
+    if exact and exact[0] != fitting[0]:
+        size, setting = exact[0]
+        print(f"with AdamW's state in 32 bits the fastest needs {size / 1e9:.1f} GB: {in_words(setting)}")
+    return 0
+
+
+def tell_shortage(config: Phi3VConfig, size: float, setting: Setting, room: float) -> int:
+    """Nothing fits: say by how much, and what would help."""
+    print(
+        f"nothing fits {room / 1e9:g} GB; the least greedy, {in_words(setting)}, lacks {(size - room) / 1e9:.1f} GB:\n"
+    )
+    print(report(estimate(config, setting)) + "\n\nwhat would help:")
+    for change, other in helps(config, setting):
+        less = needed(estimate(config, other))
+        fits = "fits" if less <= room else f"still lacks {(less - room) / 1e9:.1f} GB"
+        print(f"  {change:<24}{less / 1e9:>8.1f} GB needed, {fits}")
+    return 1
+
+
+# --- command line
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked.
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan",
+        description="Peak memory of a setting, and the fastest that fits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu_memory", type=float, required=True, metavar="GB", help="of one GPU")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of the run, all nodes together (%(default)s)")
+    parser.add_argument(
+        "--model_name_or_path", default="official", metavar="NAME", help="a folder with a config.json (%(default)s)"
+    )
+    parser.add_argument("--method", choices=METHODS, default="full", help="(%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="as the scripts': without it float16")
+    numbers = {
+        "tokens": ("of an example, the picture's included", Setting.tokens),
+        "answer_tokens": ("labelled of them", Setting.answer_tokens),
+        "images": ("pictures of an example", Setting.images),
+        "num_crops": ("most sub-images of a picture", MAX_NUM_CROPS),
+        "lora_rank": ("with lora and qlora", Setting.lora_rank),
+        "batch_size": ("examples per step, all GPUs", Setting.batch_size),
+        "batch_size_per_gpu": ("examples at once on a GPU", None),
+    }
+    for name, (told, default) in numbers.items():
+        shown = "searched" if default is None else default
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{told} ({shown})")
+    parser.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, help="(searched)")
+    parser.add_argument("--optim", choices=OPTIMIZERS, metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (searched)")
+    parser.add_argument("--deepspeed", metavar="JSON", help="of stage 2 (zero2.json, then zero2_offload.json)")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="(%(default)s)"
+    )
+    options = parser.parse_args(words)
+    problems = [] if options.gpu_memory > 0 else [f"--gpu_memory {options.gpu_memory}: it must be above 0"]
+    given = {name: getattr(options, name) for name in ("gpus", *numbers)}
+    problems += [f"--{name} {value}: it must be at least 1" for name, value in given.items() if value and value < 1]
+    problems += [f"--{name} 0: it must be at least 1" for name, value in given.items() if value == 0]
+    if options.num_crops > MAX_NUM_CROPS:
+        problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
+    if options.answer_tokens >= options.tokens:
+        problems.append(f"--answer_tokens {options.answer_tokens} must be fewer than --tokens {options.tokens}")
+    at_once = options.gpus * (options.batch_size_per_gpu or 1)
+    if at_once > 0 and options.batch_size % at_once:
+        problems.append(
+            f"--batch_size {options.batch_size} cannot be divided by {at_once} (--gpus x --batch_size_per_gpu)"
+        )
+    if options.deepspeed and options.method not in ("full", "frozen"):
+        problems.append(f"--deepspeed {options.deepspeed} is for full and frozen: leave it out for {options.method}")
+    elif options.deepspeed:
+        problems += read_zero_configuration(options.deepspeed)[1]
+    raise_all(problems)
+    return options
+
+
+def load_config(name_or_path: str) -> Phi3VConfig:
+    """A folder's configuration; the published one needs no file, for its sizes are the defaults."""
+    if name_or_path in OFFICIAL:
+        return Phi3VConfig()
+    try:
+        return Phi3VConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"--model_name_or_path {name_or_path}: no configuration of the model ({told})") from error
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; see the module's docstring.
+
+    Returns:
+        0 where a setting fits, else 1.
+    """
+    options = parse(words)
+    shared = {field.name for field in dataclasses.fields(Setting)} & set(vars(options))
+    open_fields = {"gradient_checkpointing", "optim", "batch_size_per_gpu", "deepspeed"}
+    fixed = Setting(**{name: getattr(options, name) for name in shared - open_fields})
+    return propose(load_config(options.model_name_or_path), fixed, options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
