@@ -22,7 +22,7 @@ def picture(seed):
 
 def options_for(folder, **values):
     options = {"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False}
-    options |= {"separate_questions": False, "skip_missing": False}
+    options |= {"separate_questions": False, "share_images": False, "skip_missing": False}
     return argparse.Namespace(**{**options, **values})
 
 
@@ -186,3 +186,18 @@ def test_run(cauldron, tmp_path):
     after = read_evaluation(tmp_path, "eval_after")
     assert after["num_examples"] == 3
     assert [one["question"] for one in after["examples"]] == ["Q0.0", "Q1.0", "Q2.0"]
+
+
+def test_shared_pairs_train_as_separate_questions(cauldron, tmp_path):
+    """Two epochs of one step with all 24 questions about 12 pairs; 1e-5 relative, float32 sums in another order."""
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", cauldron, "--num_crops", 1, "--num_train_epochs", 2)
+    options += ("--batch_size", 24, "--warmup_steps", 0, "--eval_limit", 1, "--logging_steps", 1, "--no-tqdm")
+    logs = []
+    for name, how in (("apart", ("--separate_questions",)), ("shared", ("--share_images",))):
+        run = (*options, *how, "--batch_size_per_gpu", 4, "--learning_rate", "1e-3", "--output_dir", tmp_path / name)
+        ended = run_script("finetune_hf_trainer_nlvr2.py", *run, processes=0)
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        logs.append([line["loss"] for line in read_log(tmp_path / name)])
+    assert "24 examples about 12 pictures in an epoch" in ended.stdout
+    assert len(logs[0]) == 2
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
