@@ -33,15 +33,20 @@ def ratio(result: dict[str, Any], name: str, key: str) -> float:
     return round(result["variants"][name][key] / result["variants"]["reference"][key], 3)
 
 
+# What each ratio compares with the reference's way.
+RATIOS = {
+    "ratio_full": ("full", SINGLE, "questions_per_second"),
+    "ratio_full_shared": ("full", SHARED, "questions_per_second"),
+    "ratio_frozen_shared": ("frozen", SHARED, "questions_per_second"),
+    "memory_ratio": ("full", LEAN, "peak_above_gb"),
+    "ratio_full_shared_at_memory_ratio": ("full", LEAN, "questions_per_second"),
+}
+
+
 def summarise(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The ratios, over all turns together."""
-    full, frozen = parts["full"], parts["frozen"]
     return {
-        "ratio_full": ratio(full, SINGLE, "questions_per_second"),
-        "ratio_full_shared": ratio(full, SHARED, "questions_per_second"),
-        "ratio_frozen_shared": ratio(frozen, SHARED, "questions_per_second"),
-        "memory_ratio": ratio(full, LEAN, "peak_above_gb"),
-        "ratio_full_shared_at_memory_ratio": ratio(full, LEAN, "questions_per_second"),
+        **{name: ratio(parts[method], variant, key) for name, (method, variant, key) in RATIOS.items()},
         "ratio_preprocess": round(parts["preprocess"]["times_as_fast"]["median"], 3),
         "ratio_evaluate": round(parts["evaluate"]["times_as_fast"]["median"], 3),
     }
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.print_result(parts["evaluate"])
     ratios = summarise(parts)
     about |= {"minutes": round((time.perf_counter() - began) / 60, 1), "taken_by_others": others.share()}
-    write_json(options.output, {**about, **ratios, **parts})
+    write_json(options.output, {**about, **ratios, "compared": RATIOS, **parts})
     if options.output.parent == RESULTS:
         render.main([])  # the page holds what the folder holds
     print(json.dumps(ratios))

@@ -16,7 +16,7 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false 
 mkdir -p "$folder"
 left_out=()
 
-for package in torch transformers accelerate peft PIL torchvision datasets; do
+for package in torch torchvision transformers accelerate peft; do
   "$python" -c "import $package" 2>/dev/null || { echo "benchmarks/gpu.sh needs $package: pip install -r requirements.txt"; exit 1; }
 done
 "$python" -c "import flash_attn" 2>/dev/null || left_out+=("flash-attn's kernels: not installed")
@@ -42,12 +42,14 @@ run() {
   return $status
 }
 
-# step METHOD MOST_SECONDS VARIANT...: the first variant is what the others are compared with
+# step METHOD MOST_SECONDS VARIANT...: the first variant is what the others are compared with. It ends by itself, and
+# writes what it has, before it is stopped; one-question ways ask two questions of each page.
 step() {
-  local method=$1 most=$2
+  local method=$1 most=$2 left=$((deadline - SECONDS))
   shift 2
   # shellcheck disable=SC2086
   run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 4 \
+    --questions_per_page 2 --seconds $(((most < left ? most : left) - 30)) \
     --output "$folder/gpu_${name}_$method.json" $options --compare "$@"
 }
 
@@ -57,9 +59,11 @@ run "correctness" 120 "$python" -m benchmarks.agree --output "$folder/gpu_${name
 flex=attention=flex_attention flash=attention=flash_attention_2
 step full 130 reference reference:$flash single:recompute=full single:recompute=decoder single \
   single:tokens=8192,$flash,recompute=full single:tokens=8192,$flex,recompute=full \
-  shared:$flex,recompute=full shared:$flex shared:tokens=8192,$flex,recompute=full
+  shared:$flex,recompute=full shared:$flex shared:tokens=8192,$flex,recompute=full \
+  shared:tokens=8192,$flex,recompute=full,kernels=liger
 step lora 110 reference reference:$flash single:recompute=full single:recompute=decoder single \
-  single:tokens=8192,$flash single:tokens=8192,$flex shared:$flex shared:tokens=8192,$flex
+  single:tokens=8192,$flash single:tokens=8192,$flex shared:$flex shared:tokens=8192,$flex \
+  shared:tokens=8192,$flex,kernels=liger shared:tokens=8192,$flex,kernels=compiled
 if "$python" -c "import bitsandbytes" 2>/dev/null; then
   # also what matters most here: its memory at one question a pass, everything recomputed
   step qlora 120 reference single:recompute=full single:recompute=full,crops=4 single:recompute=decoder single \

@@ -7,12 +7,12 @@ vocabulary is as large as the published one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.phi3 import modeling_phi3
 
 from common.cli import make_parser
 from common.demo import CHECKPOINT
@@ -20,6 +20,7 @@ from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.modeling import IGNORED_LABEL
 
+STOCK_ROTATION = modeling_phi3.apply_rotary_pos_emb
 METHODS = ("full", "frozen", "lora", "qlora")
 
 # Fields of config.json and of the tower's size; what is left out is as in the published checkpoints.
@@ -128,6 +129,26 @@ def quantize(model: Phi3VForCausalLM) -> None:
         parameter.requires_grad_(False)
 
 
+def set_kernels(model: Phi3VForCausalLM, which: str) -> None:
+    """Let Liger ("liger"), torch.compile ("compiled") or neither ("none") compute the layers, whatever did before.
+
+    `common/layers.py` sets them once for a run; here variants take turns on one model.
+
+    Raises:
+        ImportError: Liger is not installed.
+    """
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # Liger's stand on the modules themselves
+        module._compiled_call_impl = None
+    modeling_phi3.apply_rotary_pos_emb = STOCK_ROTATION
+    model.fuses_loss = False
+    if which != "none":
+        from common.layers import compile_layers, use_liger_kernels
+
+        (use_liger_kernels if which == "liger" else compile_layers)(model)
+        model.fuses_loss = which == "liger"
+
+
 def recomputed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers of decoder and tower, which can be recomputed in the backward pass."""
     for name, module in model.named_modules():
@@ -185,11 +206,13 @@ def adapter_flops(model: nn.Module, tokens: int, labelled: int, views: int, feat
     return flops
 
 
-def count_parameters(model: Phi3VForCausalLM | PeftModel) -> dict[str, Any]:
-    """Weights of the decoder's layers, of the tower and in all, by the configuration; and those that train."""
-    config = model.config
+def count_parameters(model: Phi3VForCausalLM | PeftModel) -> dict[str, int]:
+    """Weights of the decoder's layers, by the configuration; the tower's layers and width; the weights that train."""
+    config, tower = model.config, model.config.tower_config()
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
     return {
         "decoder_layers": config.num_hidden_layers * layer,
+        "tower_layers": tower.num_hidden_layers,
+        "tower_width": tower.hidden_size,
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }

@@ -13,6 +13,7 @@ A variant is a way of taking the step, with its settings after a colon:
     recompute=    none (ours, the default), full (the reference's), selective (every second layer), decoder, tower:
                   which layers are run again in the backward pass instead of kept
     attention=    sdpa (default), eager, flash_attention_2, flex_attention
+    kernels=      ours: none (default), liger, compiled: by Liger's kernels, by torch.compile
     tokens=N      ours: as many sequences as N tokens hold packed into one pass; 0 (default): one sequence a pass
     crops=N       ours: at most N crops through the tower at once; 0 (default): all
 
@@ -71,6 +72,7 @@ from benchmarks.models import (
     make_processor,
     prepare,
     recomputed_layers,
+    set_kernels,
     training_flops,
 )
 from common.collation import ANSWER_END, collate, encode_questions, pack, share_pictures
@@ -80,6 +82,7 @@ from common.phi3v.modeling import IGNORED_LABEL
 
 WAYS = ("reference", "single", "shared")
 RECOMPUTE = ("none", "full", "selective", "decoder", "tower")
+KERNELS = ("none", "liger", "compiled")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 STEP_ROUNDS = 3  # how often the optimizer's step is timed
 # Relative, of one parameter's gradient: float32 sums in another order; found on a CPU are 3e-6.
@@ -94,6 +97,7 @@ class Variant:
     way: str
     recompute: str
     attention: str
+    kernels: str
     tokens: int
     crops: int
 
@@ -106,13 +110,15 @@ class Variant:
         """
         way, _, rest = name.partition(":")
         given = dict(setting.partition("=")[::2] for setting in rest.split(",") if setting)
-        settings = {"recompute": "full" if way == "reference" else "none", "attention": "sdpa", "tokens": 0, "crops": 0}
+        settings = {"recompute": "full" if way == "reference" else "none", "attention": "sdpa", "kernels": "none"}
+        settings |= {"tokens": 0, "crops": 0}
         unknown = sorted(given.keys() - settings.keys())
         try:
             settings |= {key: type(settings[key])(value) for key, value in given.items() if key in settings}
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{name}: {error}") from error
         known = way in WAYS and settings["recompute"] in RECOMPUTE and settings["attention"] in ATTENTION
+        known = known and settings["kernels"] in KERNELS
         if unknown or not known or (way == "reference" and given.keys() - {"recompute", "attention"}):
             raise argparse.ArgumentTypeError(f"there is no variant {name}: see --help")
         return cls(name=name, way=way, **settings)
@@ -204,6 +210,8 @@ class Runner:
         self.device, self.dtype, self.method, self.num_workers = device, dtype, method, num_workers
         self.processor = make_processor(num_crops)
         self.model = prepare(make_model(size, self.processor, device, dtype), self.processor, method)
+        self.kernels = "none"
+        set_kernels(baseline.inner(self.model), self.kernels)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -213,6 +221,10 @@ class Runner:
     def configure(self, variant: Variant) -> None:
         """Set the model to a variant's settings."""
         model = baseline.inner(self.model)
+        if variant.kernels != self.kernels:
+            self.kernels = "none"  # also where the others cannot be had
+            set_kernels(model, variant.kernels)
+            self.kernels = variant.kernels
         model.config._attn_implementation = variant.attention  # the decoder's; the tower has its own
         for name, layer in recomputed_layers(model):
             part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
@@ -333,9 +345,12 @@ class MasterAdamW:
 def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Namespace) -> dict[str, Any]:
     """Turns in the order A B A B; a variant that runs out of memory or is not to be had is left out, and why is told.
 
+    With `--seconds` no round is begun that would not end in time, but for the first; the first turns take half of it.
+
     Returns:
         Per variant its figures, or `left_out`; ratios to the first variant's questions per second.
     """
+    began = time.perf_counter()
     step_seconds = runner.step_seconds()
     ceiling = matrix_flops(runner.device, runner.dtype)
     running: dict[Variant, list[Turn]] = {}
@@ -351,8 +366,13 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
                 raise RuntimeError("flash-attn is not installed")
             if variant.attention == "flex_attention" and runner.device.type == "cpu":
                 raise RuntimeError("FlexAttention has no backward pass on a CPU")
+            if running and time.perf_counter() - began > options.seconds / 2:
+                raise RuntimeError("no time left")
             memory.start()
-            runner.turn(variant, rounds[0] if on_gpu else pages[:1])
+            if on_gpu:
+                runner.turn(variant, rounds[0], options.questions_per_page)
+            else:
+                runner.turn(variant, pages[:1])
             figures[variant.name] = {"peak_gb": gigabytes(memory.total())} if on_gpu else {}
             running[variant] = []
         except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -362,10 +382,14 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
             figures[variant.name] |= compare_gradients(runner, variant, wanted)
         runner.clear_gradients()
     for number, turn_pages in enumerate(rounds):
+        round_began = time.perf_counter()
         for variant, turns in running.items():
             turns.append(runner.turn(variant, turn_pages, options.questions_per_page))
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
         runner.step()
+        now = time.perf_counter()
+        if now - began + now - round_began > options.seconds:
+            break
     for variant, turns in running.items():
         figures[variant.name] |= describe(turns, step_seconds, options.batch_size, ceiling)
     ratios = {}
@@ -380,6 +404,7 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
         "variants": figures,
         "first": next(iter(running)).name if running else None,
         "times_as_fast_as_the_first": ratios,
+        "rounds": max(map(len, running.values()), default=0),
         "optimizer_step_seconds": round(step_seconds, 4),
         "matrix_tflops": round(ceiling / 1e12, 3),
     }
@@ -471,7 +496,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "page_size": options.page_size,
         "batch_size": options.batch_size,
         "pages_per_turn": options.pages_per_turn,
-        "rounds": options.rounds,
         **compare(runner, options.compare, options),
     }
     del runner
@@ -524,6 +548,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant (%(default)s)")
     parser.add_argument("--pages_per_turn", type=int, default=8 if on_gpu else 2, help="(%(default)s)")
     parser.add_argument("--questions_per_page", type=int, metavar="N", help="asked by one-question ways (all)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="about the most it may take (no limit)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions per optimizer step (%(default)s)")
     parser.add_argument("--page_width", type=int, default=1700, help="pixels; 1.29 times as high (%(default)s)")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")

@@ -6,11 +6,11 @@ Nothing is timed here. Models are tiny, pages small.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +291,28 @@ def test_other_work_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         throughput.measure(options)
 
 
+def test_a_measurement_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no time at all the first variant has one turn, and the rest is said to be left out."""
+    monkeypatch.setattr(throughput, "matrix_flops", lambda *ignored: 1e12)
+    arguments = [*TINY.split(), "--rounds", "3", "--seconds", "0", "--no-peaks", "--compare", "single", "shared"]
+    result = throughput.measure(throughput.parse_options(arguments))
+    assert result["variants"]["shared"] == {"left_out": "no time left"}
+    assert (result["rounds"], len(result["variants"]["single"]["turn_seconds"])) == (1, 1)
+
+
+def test_kernels_are_taken_in_turn() -> None:
+    """Compiled layers, Liger's where it is installed, and then again those that are neither."""
+    runner = tiny_runner(dtype=torch.float32)
+    layer = runner.model.model.layers[0]
+    runner.configure(Variant.parse("shared:kernels=compiled"))
+    assert layer._compiled_call_impl is not None
+    with contextlib.suppress(ImportError):
+        runner.configure(Variant.parse("shared:kernels=liger"))
+    runner.configure(Variant.parse("shared"))
+    assert layer._compiled_call_impl is None
+    assert "forward" not in layer.mlp.__dict__
+
+
 def test_peak_above() -> None:
     """What a page's passes hold: the reference at least its logits, ours far less."""
     options = throughput.parse_options(TINY.split())
@@ -375,9 +397,12 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
     assert text.count("not measured") == 4 + 3  # and the CPU's sections
     (tmp_path / "gpu_x_lora.json").write_text(json.dumps(gpu_result("lora")))
     text = render.render(tmp_path)
-    assert "| LoRA | 12.13 | 1.52 | ~16 GB | GPU X | 7.58 | 5.0 | 15.5 GB | 24.25 | 2.00 |" in text
+    assert "| LoRA | 12.13 | 1.52 | ~16 GB | GPU X | 7.58 | 5.0 | 15.5 GB | 7.58 | 24.25 | 2.00 |" in text
     assert "left out: out of memory" in text
     assert text.count("not measured") == 3 + 3
+    (tmp_path / "gpu_x_qlora.json").write_text(json.dumps(gpu_result("qlora")))
+    assert "| ~10 GB | GPU X | 7.58 | 5.8 | 15.5 GB | none fits |" in render.render(tmp_path)
+    (tmp_path / "gpu_x_qlora.json").unlink()
     # a trial at another size is no measurement of a published row
     (tmp_path / "gpu_x_lora.json").write_text(json.dumps({**gpu_result("lora"), "size": "tiny"}))
     assert render.render(tmp_path).count("not measured") == 4 + 3
@@ -438,12 +463,13 @@ def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
     assert "stopped" not in told
 
 
-NOT_NEEDED = ("deepspeed", "matplotlib", "sklearn", "liger_kernel", "flash_attn", "av", "tensorboard")
+NOT_NEEDED = ("deepspeed", "matplotlib", "sklearn", "liger_kernel", "flash_attn", "av", "tensorboard", "bitsandbytes")
+NOT_NEEDED += ("datasets", "pyarrow", "pandas", "rapidfuzz", "scipy")
 
 
 def test_gpu_measurements_need_few_packages() -> None:
-    """torch, transformers, accelerate and peft, and what torchvision and pictures need."""
+    """torch, torchvision, transformers, accelerate and peft, and what they need themselves."""
     blocked = "; ".join(f"sys.modules['{name}'] = None" for name in NOT_NEEDED)
-    code = f"import sys; {blocked}; import benchmarks.agree, benchmarks.throughput, benchmarks.preprocess"
+    code = f"import sys; {blocked}; import torch, benchmarks.agree, benchmarks.throughput, benchmarks.preprocess; "
+    code += "benchmarks.throughput.Runner('tiny', 'lora', 1, torch.device('cpu'), torch.float32)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-    assert shutil.which("bash")
