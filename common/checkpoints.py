@@ -1,0 +1,483 @@
+"""Checkpoints that are complete or absent, and the records a run is resumed by.
+
+A checkpoint is the Trainer's own (weights or adapter, optimizer or DeepSpeed's state, scheduler, random states
+of every process, `trainer_state.json`). It is written beside, listed in a manifest with sizes and SHA-256,
+brought to the disk and renamed: a kill at any moment leaves the one before it usable. Functions marked
+"together" are called by every process; what fails on one of them is raised on all, so that none waits for another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
+from transformers import Trainer, set_seed
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .cli import PATHS, Precision
+from .errors import UserError, is_first_process, raise_all
+from .stopping import STOPPED, Stopping
+
+INCOMPLETE = ".incomplete"  # ends the name of what is being written or deleted
+MANIFEST, RUN_RECORD, STAGES = "manifest.json", "run.json", "stages.json"
+
+# All that DeepSpeed's files hold besides tensors and plain containers; `torch.load` makes nothing else of them.
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+# Options that change neither the weights nor what is measured: they may differ when a run is resumed.
+FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
+FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
+# How a global batch is divided: free for adapters; DeepSpeed's state is divided over the processes itself.
+DIVISION_OPTIONS = {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
+
+T = TypeVar("T")
+Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
+
+
+class NotWrittenError(OSError):
+    """Something could not be written, as on a full disk, or read; raised on every process."""
+
+
+def _say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """A full or failing disk, as Python, safetensors and torch's own writer tell of it."""
+    torch_s_own = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_c" in str(error))
+    return isinstance(error, (OSError, SafetensorError)) or torch_s_own
+
+
+def together(act: Callable[[], T]) -> list[T]:
+    """Every process acts (together); all get all results, in order of the processes.
+
+    Raises:
+        NotWrittenError: on every process, when reading or writing failed on one.
+    """
+    result = failure = None
+    try:
+        result = act()
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
+        failure = " ".join(str(error).split())[:300]
+    outcomes: list[Any] = [(result, failure)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure))
+    for rank, (_, failed) in enumerate(outcomes):
+        if failed is not None:
+            raise NotWrittenError(f"{failed} (process {rank})" if len(outcomes) > 1 else failed)
+    return [each for each, _ in outcomes]
+
+
+def on_first(act: Callable[[], T]) -> T:
+    """The first process acts, all wait for it and get its result (together)."""
+    return together(lambda: act() if is_first_process() else None)[0]
+
+
+# --- files and manifests
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network storage
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small file that is whole or absent."""
+    beside = path.with_name(path.name + INCOMPLETE)
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, path)
+    _sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where there is none, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files in a folder and its folders, without the manifest, as paths within it."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def fingerprints(folder: Path, names: Sequence[str], sync: bool = False) -> Files:
+    """Size and SHA-256 of files (together: each process reads a share of them).
+
+    Args:
+        sync: bring each to the disk first.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def read_own() -> Files:
+        own = {}
+        for name in sorted(names, key=lambda name: -(folder / name).stat().st_size)[rank::world]:
+            if sync:
+                _sync(folder / name)
+            with open(folder / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                own[name] = {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return own
+
+    return {name: found for share in together(read_own) for name, found in share.items()}
+
+
+def differences(folder: Path, expected: Files) -> list[str]:
+    """How files differ from what was written down of them, a line for each (together)."""
+    present = on_first(lambda: [name for name in expected if (folder / name).is_file()])
+    problems = [f"{folder / name} is missing" for name in expected if name not in present]
+    try:
+        found = fingerprints(folder, present)
+    except NotWrittenError as error:
+        return [*problems, f"{folder} cannot be read: {error}"]
+    for name in present:
+        for quantity in ("bytes", "sha256"):
+            its, wanted = found[name][quantity], expected[name].get(quantity)
+            if its != wanted:
+                problems.append(f"{folder / name} has {quantity} {its}, {wanted} expected")
+                break  # of another size it has another hash too
+    return problems
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, file by file; nothing for a complete one (together)."""
+    manifest, names = on_first(lambda: (read_json(folder / MANIFEST) or {}, list_files(folder)))
+    expected = manifest.get("files")
+    if not isinstance(expected, dict) or not all(isinstance(each, dict) for each in expected.values()):
+        return [f"{folder / MANIFEST} is missing or no manifest"]
+    extra = [f"{folder / name} is not in the manifest" for name in names if name not in expected]
+    return extra + differences(folder, expected)
+
+
+# --- a folder's checkpoints
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Every `checkpoint-N`, the one of the most steps first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps were taken when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what a killed run was writing or deleting (together, before anything is written)."""
+
+    def remove() -> None:
+        for path in folder.glob(f"*{INCOMPLETE}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    on_first(remove)
+
+
+def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means (together); damaged ones are named and passed over.
+
+    Args:
+        resume: "auto" for the newest complete one, "never", or a checkpoint's folder.
+        folder: the output folder.
+
+    Raises:
+        UserError: the folder that was asked for holds no complete checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        raise_all([f"--resume {resume}: {problem}" for problem in damage(Path(resume))])
+        return Path(resume)
+    for checkpoint in on_first(lambda: checkpoints_in(folder)):
+        problems = damage(checkpoint)
+        if not problems:
+            return checkpoint
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        _say(f"{checkpoint} is damaged and passed over: {problems[0]}{more}")
+    return None
+
+
+def prune(folder: Path, limit: int | None, newest: Path) -> None:
+    """Delete all but `limit` checkpoints, of which `newest`, just completed, is always one (first process)."""
+    others = [path for path in checkpoints_in(folder) if path.name != newest.name]
+    for path in [] if limit is None else others[max(0, limit - 1) :]:
+        doomed = path.with_name(path.name + INCOMPLETE)  # at once no checkpoint, should the deleting be cut short
+        with contextlib.suppress(OSError):  # it is tried again with the next
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def complete(written: Path, checkpoint: Path) -> None:
+    """Turn a written folder into a checkpoint: manifest, everything to the disk, renamed (together).
+
+    Raises:
+        NotWrittenError: the disk is full or fails.
+    """
+    files = fingerprints(written, on_first(lambda: list_files(written)), sync=True)
+
+    def rename() -> None:
+        write_json(written / MANIFEST, {"step": step_of(checkpoint), "files": files})
+        for path in written.rglob("*"):
+            if path.is_dir():
+                _sync(path)
+        replaced = checkpoint.with_name(f"{checkpoint.name}.replaced{INCOMPLETE}")
+        if checkpoint.exists():  # damaged, or the run went on from an older one
+            os.replace(checkpoint, replaced)
+        os.replace(written, checkpoint)
+        _sync(checkpoint.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    on_first(rename)
+
+
+# --- what a run is resumed by
+
+
+def record_of(options: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+    """What must agree for a run to be resumed: the options that count, and facts such as the number of examples."""
+    free = FREE_OPTIONS | (DIVISION_OPTIONS if options.use_lora else set())
+    record = {"script": Path(sys.argv[0]).name, **facts}
+    for name, value in vars(options).items():
+        if name in PATHS and value is not None and os.path.exists(value):
+            value = os.path.realpath(value)
+        if name not in free:
+            value = value.name if isinstance(value, Precision) else value
+            record[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+    return record
+
+
+def check_same_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Compare with the record in an output folder, or write it where there is none (together).
+
+    Raises:
+        UserError: listing every difference, with both values.
+    """
+    stored = on_first(lambda: read_json(folder / RUN_RECORD))
+    if stored is None:
+        on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
+        return
+    pairs = {name: (stored.get(name, "absent"), record.get(name, "absent")) for name in {**stored, **record}}
+    different = [f"{name} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine]
+    if different:
+        raise UserError(
+            f"--output_dir {folder} holds a run with other options: {'; '.join(different)}. Give its own to go on with "
+            "it, or another --output_dir"
+        )
+
+
+def finish_stage(folder: Path, stage: str, names: Sequence[str]) -> None:
+    """Write down that a stage of the run is finished, and what it has written (together)."""
+    files = fingerprints(folder, names, sync=True)
+    on_first(lambda: write_json(folder / STAGES, {**(read_json(folder / STAGES) or {}), stage: files}))
+
+
+def is_finished(folder: Path, stage: str) -> bool:
+    """Whether a stage was finished and what it has written is still there unchanged (together)."""
+    files = (on_first(lambda: read_json(folder / STAGES)) or {}).get(stage)
+    if not isinstance(files, dict):
+        return False
+    problems = differences(folder, files)
+    if problems:
+        _say(f"{stage} is done again: {problems[0]}")
+    return not problems
+
+
+# --- the Trainer
+
+
+class CheckpointingTrainer(Trainer):
+    """transformers' Trainer whose checkpoints are complete or absent, and which resumes as if never interrupted.
+
+    Args:
+        write_model: writes the weights or the adapter into a folder; called on the first process, with the weights
+            where DeepSpeed has put them together.
+        stopping: as set up when the run began.
+    """
+
+    def __init__(
+        self, *, write_model: Callable[[Path, dict[str, torch.Tensor] | None], None], stopping: Stopping, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.write_model, self.stopping = write_model, stopping
+        self._written_in: Path | None = None
+        self._failures: list[Exception] = []
+        self._resumed_from: str | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; what was drawn before, as by an evaluation that a resumed run leaves out, does not count."""
+        set_seed(self.args.seed)
+        with self.stopping.at_step_end():
+            return super().train(*args, **kwargs)
+
+    # writing
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._written_in is None else str(self._written_in)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, written beside; where it can't be, the run goes on with the one before."""
+        folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        beside = folder / (name + INCOMPLETE)
+        self._failures = []
+
+        def write() -> None:
+            super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
+            if self._failures:
+                raise self._failures[0]
+
+        def begin() -> None:
+            shutil.rmtree(beside, ignore_errors=True)
+            (beside / name).mkdir(parents=True)
+
+        def end() -> None:
+            shutil.rmtree(beside, ignore_errors=True)
+            prune(folder, self.args.save_total_limit, folder / name)
+
+        try:
+            on_first(begin)
+            self._written_in = beside
+            together(write)
+            complete(beside / name, folder / name)
+            on_first(end)
+        except NotWrittenError as error:
+            if is_first_process():
+                shutil.rmtree(beside, ignore_errors=True)
+            kept = [path.name for path in checkpoints_in(folder)][:1] or ["no checkpoint"]
+            _say(f"{name} could not be written ({error}); {kept[0]} is kept, and the next is written in its time")
+        finally:
+            self._written_in = None
+
+    @contextlib.contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        """Between two points where processes wait for each other a failure is noted, to be raised afterwards."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_write_failure(error):
+                raise
+            self._failures.append(error)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            with self._noting_failures():
+                self.write_model(Path(output_dir or self.args.output_dir), state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.should_save:
+            Path(output_dir, "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
+
+    def _own_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"process_{self.args.process_index}.json")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what the Trainer forgets: the loss since the last line of the log, which each process sums alone."""
+        super()._save_rng_state(output_dir)
+        own = {"tr_loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}
+        self._own_file(output_dir).write_text(json.dumps({**own, "last_logged": self._globalstep_last_logged}))
+
+    # resuming
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._load_sums(checkpoint)
+
+    def _load_sums(self, checkpoint: str) -> None:
+        records = [json.loads(path.read_text()) for path in Path(checkpoint).glob("process_*.json")]
+        if len(records) == self.args.world_size:
+            records = [json.loads(self._own_file(checkpoint).read_text())]
+        self._tr_loss.fill_(sum(one["tr_loss"] for one in records) / len(records))  # logged as the processes' mean
+        self._total_loss_scalar = records[0]["total_loss"]
+        self._globalstep_last_logged = records[0]["last_logged"]
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the Trainer does, but DeepSpeed's engine is taught to write and read before it loads anything."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            self._teach(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint
+        return prepared
+
+    def _teach(self, engine: Any) -> None:
+        """Failures noted, for others wait; nothing unpickled but tensors and `DEEPSPEED_CLASSES`; no scripts copied."""
+        files = engine.checkpoint_engine
+        save = files.save
+
+        def save_noting(state_dict: Any, path: str) -> None:
+            with self._noting_failures():
+                save(state_dict, path)
+
+        def load(path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+        files.save, files.load = save_noting, load
+        engine._copy_recovery_script = lambda folder: None
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer would take one more step from a checkpoint of a finished run."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any) -> Any:
+        if self._resumed_from is not None and self.state.global_step == self._initial_global_step:  # no step was left
+            self._load_sums(self._resumed_from)
+        return super()._finalize_training(*args)
+
+    # every step
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of a step: leave with a checkpoint when a process was told to stop."""
+        stops = self.stopping.agreed(self.args.device)
+        self.control.should_save |= stops
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stops:
+            _say(f"stopped after step {self.state.global_step}; the same command goes on from there")
+            raise SystemExit(STOPPED)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The run's mean loss at its end counts the steps before it was resumed too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, start_time)
