@@ -226,6 +226,8 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     # with checkpointing, embeddings that do not train are made to require gradients, and so are kept
     marks_inputs = setting.gradient_checkpointing != "none" and setting.method != "full"
     kept += setting.stored * rows * hidden if marks_inputs else 0
+    if setting.attention == "eager" and setting.gradient_checkpointing != "none":
+        kept += setting.stored * rows * setting.tokens  # the mask, for what is computed again
     again_in_words = f"checkpointing {setting.gradient_checkpointing}"
     yield Part("activations, decoder", "backward", kept, f"{rows} positions, {again_in_words}")
     pixels = 3 * tower.image_size**2 * views
