@@ -63,7 +63,7 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
     for question, picture in enumerate(questions.pictures):
         firsts.setdefault(picture, question)
     model = prepare(make_model(options.size, processor, torch.device("cpu"), torch.float32), processor, "full")
-    engine = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    engine = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def epoch(world: int) -> int:
