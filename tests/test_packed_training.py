@@ -105,10 +105,10 @@ def test_shared_pages_train_as_pages_apart(log_of, method, processes):
 
 
 def test_packs_train_as_padded_rows(log_of):
-    """Two epochs of three steps, the last of which is short, in one process and, packed, in two."""
-    options = ("--batch_size", 5, "--num_train_epochs", 2, "--all_questions")
-    padded = log_of(0, *options)
-    check_equal(log_of(2, *options, "--max_tokens_per_gpu", 1100), padded, steps=6)
+    """Three steps, the last of which is short, in one process and, packed, in two."""
+    options = ("--batch_size", 5, "--all_questions")
+    padded = log_of(0, *options, "--batch_size_per_gpu", 5)
+    check_equal(log_of(2, *options, "--max_tokens_per_gpu", 1100), padded, steps=3)
 
 
 WATCHED = """
