@@ -376,7 +376,11 @@ class CheckpointingTrainer(Trainer):
             if is_first_process():
                 shutil.rmtree(beside, ignore_errors=True)
             kept = [path.name for path in checkpoints_in(folder)][:1] or ["no checkpoint"]
-            _say(f"{name} could not be written ({error}); {kept[0]} is kept, and the next is written in its time")
+            free = shutil.disk_usage(folder).free / 1e9
+            _say(
+                f"{name} could not be written ({error}; without it {free:.1f} GB are free): {kept[0]} is kept, and the "
+                "next is written in its time"
+            )
         finally:
             self._written_in = None
 

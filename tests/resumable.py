@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -141,7 +142,9 @@ def main() -> None:
 
     def interrupt() -> None:
         if options.do == "group":  # as torchrun and Slurm do: everyone, loader workers included
-            os.killpg(os.getpgid(0), signal.SIGTERM)
+            # from another process, for a worker obeys its own; then time for what dies of it to be noticed
+            subprocess.run(["sh", "-c", f"kill -TERM -{os.getpgid(0)}"], check=False)
+            time.sleep(2)
         elif rank == 0:
             os.kill(os.getpid(), signal.SIGKILL if options.do == "kill" else signal.SIGUSR1)
         if options.do == "hang":
