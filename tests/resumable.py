@@ -139,6 +139,8 @@ def main() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: value for name, value in alone.items() if "WORLD_SIZE" not in os.environ})
     rank = int(os.environ["RANK"])
+    # as a recipe does: another ninja would compile DeepSpeed's extension once more
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
     def interrupt() -> None:
         if options.do == "group":  # as torchrun and Slurm do: everyone, loader workers included
