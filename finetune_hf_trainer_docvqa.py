@@ -72,8 +72,9 @@ def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [(f"{question}\nAnswer briefly.", row["answers"])]
 
 
-def ask(rows: Rows, index: int, question: str, answer: str = "") -> Example:
+def ask(rows: Rows, index: int, question: str | None = None, answer: str = "") -> Example:
     row, place = rows[index], rows.place(index)
+    question = question or questions(row)[0][0]
     image = decode_image(row["images"][0] if "images" in row else row["image"], place)
     return Example(place, [Turn(f"<|image_1|>\n{question}", answer, [image])])
 
@@ -98,9 +99,8 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """ANLS over the rows, written to `<name>.json`."""
-    generated = generate_answers(
-        model, processor, len(rows), lambda index: ask(rows, index, questions(rows[index])[0][0]), options, title=name
-    )
+    asked, pictures = functools.partial(ask, rows), number_pictures(rows)
+    generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=pictures)
     examples = []
     for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, accepted = questions(row)[0]

@@ -100,7 +100,7 @@ def make_example(rows: Rows, numbers: list, index: int, generator: random.Random
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """Accuracy on the rows' first questions, written to `<name>.json`."""
     asked = functools.partial(make_example, rows, [(row, 0) for row in range(len(rows))])
-    generated = generate_answers(model, processor, len(rows), asked, options, title=name)
+    generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=data.number_pictures(rows))
     examples = []
     for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, correct = row["texts"][0]["user"], row["texts"][0]["assistant"]

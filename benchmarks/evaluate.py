@@ -58,7 +58,10 @@ def ours(
         return page.examples(number + 1)[number]
 
     count = len(pages) * QUESTIONS
-    generated = generate_answers(model, processor, count, make_example, options, max_new_tokens=new_tokens)
+    pictures = [index // QUESTIONS for index in range(count)]
+    generated = generate_answers(
+        model, processor, count, make_example, options, max_new_tokens=new_tokens, pictures=pictures
+    )
     return [one.text for one in generated]
 
 

@@ -270,13 +270,13 @@ def number_questions(rows: Rows, each: bool) -> list[tuple[int, int | None]]:
     return [(number, question) for number, row in enumerate(texts) for question in range(len(row["texts"]))]
 
 
-def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]]) -> list[int]:
+def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]] | None = None) -> list[int]:
     """For every question the number of its row's pictures, counted from 0; nothing is decoded.
 
     Rows whose pictures have the same content, or lie in the same files, have the same number.
 
     Args:
-        questions: what `number_questions` made.
+        questions: what `number_questions` made; without it every row counts once.
     """
     numbers: dict[tuple[Any, ...], int] = {}
     columns = [name for name in ("image", "images") if name in rows.columns]
@@ -284,7 +284,7 @@ def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]]) -> 
     for row in rows.table.select_columns(columns):
         cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
         of_row.append(numbers.setdefault(tuple(map(_identify, cells)), len(numbers)))
-    return [of_row[row] for row, _ in questions]
+    return of_row if questions is None else [of_row[row] for row, _ in questions]
 
 
 def _identify(cell: dict[str, Any] | None) -> bytes | str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from tqdm import tqdm
 
-from .collation import Example, collate, encode_example
-from .data import gather_in_order, loader_context
+from .collation import Example, collate, encode_questions
+from .data import gather_in_order, loader_context, open_pixels, opening_images_by
 from .errors import UserError, is_first_process
+from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 
 MAX_NEW_TOKENS = 64  # as published
+LOOK_AHEAD = 8  # batches whose prompts are sorted by length, so that few positions are padding
 
 
 class Generated(NamedTuple):
@@ -38,19 +41,25 @@ class Generated(NamedTuple):
     probabilities: tuple[float, ...] = ()
 
 
+Group = list[tuple[int, dict[str, Any]]]  # numbers and encoded prompts of examples about the same pictures
+
+
 class _Prompts(torch.utils.data.Dataset):
-    """This process's share of the examples, encoded without their answers in the loader's workers."""
+    """Groups of examples, encoded without their answers in the loader's workers; a picture is read once for a group."""
 
     def __init__(
-        self, make_example: Callable[[int], Example], indices: Sequence[int], processor: Phi3VProcessor
+        self, make_example: Callable[[int], Example], groups: Sequence[Sequence[int]], processor: Phi3VProcessor
     ) -> None:
-        self.make_example, self.indices, self.processor = make_example, indices, processor
+        self.make_example, self.groups, self.processor = make_example, groups, processor
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.groups)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return encode_example(self.processor, self.make_example(self.indices[position]), with_answer=False)
+    def __getitem__(self, position: int) -> Group:
+        numbers = self.groups[position]
+        with opening_images_by(functools.cache(open_pixels)):
+            examples = [self.make_example(number) for number in numbers]
+        return list(zip(numbers, encode_questions(self.processor, examples, with_answer=False), strict=True))
 
 
 @torch.no_grad()
@@ -63,11 +72,14 @@ def generate_answers(
     title: str = "evaluate",
     candidates: Sequence[str] = (),
     max_new_tokens: int = MAX_NEW_TOKENS,
+    pictures: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Greedy answers to the last turn of every example.
 
     Every process generates its share, in batches padded on the left; the answers are gathered, so
-    that every process returns all of them, in order, each example's exactly once.
+    that every process returns all of them, in order, each example's exactly once. What a picture and
+    the text before it are to the decoder is computed once for all its questions in a batch; that and
+    the padding change no answer but by rounding.
 
     Args:
         count: how many examples there are.
@@ -76,6 +88,8 @@ def generate_answers(
         title: of the progress bar.
         candidates: answers whose probabilities are asked for.
         max_new_tokens: the longest answer.
+        pictures: for every example the number of its pictures, the same where they and the text before
+            them are the same (`number_pictures`); without it no two examples are taken to share theirs.
 
     Returns:
         `count` answers.
@@ -84,30 +98,25 @@ def generate_answers(
         UserError: candidates whose first tokens are the same.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    indices = range(rank, count, world)
-    num_workers = min(options.num_workers, max(1, len(indices) // options.eval_batch_size_per_gpu))
+    groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
+    num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
     loader = torch.utils.data.DataLoader(
-        _Prompts(make_example, indices, processor),
-        batch_size=options.eval_batch_size_per_gpu,
+        _Prompts(make_example, groups, processor),
+        batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
-        collate_fn=lambda encoded: collate(processor, encoded, padding_side="left"),
     )
     was_training = model.training
     model.eval()
     first_tokens = [processor.tokenizer(one, add_special_tokens=False).input_ids[0] for one in candidates]
     if len(set(first_tokens)) < len(first_tokens):
         raise UserError(f"the answers {candidates} begin with the same token: their probabilities cannot be told apart")
-    answers: list[Generated] = []
+    answers: list[tuple[int, Generated]] = []
     # eagerly where training compiles (--torch_compile): a cache has another length at every token
     eager = torch.compiler.set_stance("force_eager")
     with eager, _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
-        for batch in loader:
-            inputs = {
-                name: batch[name].to(options.device)
-                for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-                if name in batch
-            }
+        for batch in _batches(loader, options.eval_batch_size_per_gpu):
+            inputs, columns = _inputs(model, processor, batch, max_new_tokens, options.device)
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -118,16 +127,101 @@ def generate_answers(
                 return_dict_in_generate=True,
                 output_logits=bool(candidates),
             )
-            texts = processor.batch_decode(
-                output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            texts = processor.batch_decode(output.sequences[:, columns:], skip_special_tokens=True)
             probabilities = [()] * len(texts)
             if candidates:  # (batch, vocabulary) -> (batch, candidates)
                 probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
-            answers += [Generated(text, tuple(each)) for text, each in zip(texts, probabilities, strict=True)]
+            numbers = [number for group in batch for number, _ in group]
+            for number, text, each in zip(numbers, texts, probabilities, strict=True):
+                answers.append((number, Generated(text, tuple(each))))
             progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
-    return gather_in_order(answers, world)
+    return [answer for _, answer in sorted(gather_in_order(answers, world))]
+
+
+def _deal(pictures: Sequence[int], most: int) -> list[list[int]]:
+    """Examples about the same pictures in groups of at most `most`, in the order of their first ones."""
+    of_picture: dict[int, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        of_picture.setdefault(picture, []).append(number)
+    return [numbers[start : start + most] for numbers in of_picture.values() for start in range(0, len(numbers), most)]
+
+
+def _batches(groups: Iterable[Group], most: int) -> Iterator[list[Group]]:
+    """Groups of about the same length together, with at most `most` examples; sorted within a stretch of them."""
+    stretch: list[Group] = []
+
+    def cut() -> Iterator[list[Group]]:
+        stretch.sort(key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group))
+        batch: list[Group] = []
+        for group in stretch:
+            if sum(map(len, batch)) + len(group) > most:
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
+        stretch.clear()
+
+    for group in groups:
+        stretch.append(group)
+        if sum(map(len, stretch)) >= LOOK_AHEAD * most:
+            yield from cut()
+    yield from cut()
+
+
+def _inputs(
+    model: torch.nn.Module, processor: Phi3VProcessor, batch: list[Group], max_new_tokens: int, device: torch.device
+) -> tuple[dict[str, Any], int]:
+    """What `generate` takes for a batch, with the cache of what its groups share, and how many columns that has."""
+    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+
+    def padded(encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        both = collate(processor, encoded, padding_side="left")
+        return {name: both[name].to(device) for name in names if name in both}
+
+    prompts = [encoded for group in batch for _, encoded in group]
+    if len(prompts) == len(batch) or not all(
+        map(functools.partial(_can_share, model, processor, max_new_tokens), batch)
+    ):
+        inputs = padded(prompts)
+        return inputs, inputs["input_ids"].shape[1]
+    lengths = [_prefix_length(processor, group[0][1]) for group in batch]
+    prefixes = [_cut(group[0][1], slice(length)) for group, length in zip(batch, lengths, strict=True)]
+    rests = [
+        _cut({name: encoded[name] for name in ("input_ids", "labels")}, slice(length, None))
+        for group, length in zip(batch, lengths, strict=True)
+        for _, encoded in group
+    ]
+    shared, own = padded(prefixes), padded(rests)
+    cache = causal_lm_of(model).model(**shared, use_cache=True).past_key_values
+    rows = torch.tensor([number for number, group in enumerate(batch) for _ in group], device=device)
+    cache.reorder_cache(rows)  # (groups, …) -> (examples, …)
+    # between a prefix and what follows it there may be padding, which the mask leaves out and no position counts
+    inputs = {name: torch.cat([shared[name][rows], own[name]], dim=1) for name in ("input_ids", "attention_mask")}
+    return {**inputs, "past_key_values": cache}, inputs["input_ids"].shape[1]
+
+
+def _prefix_length(processor: Phi3VProcessor, encoded: dict[str, Any]) -> int:
+    """Positions up to the last picture's last."""
+    places = (encoded["input_ids"] == processor.image_token_id).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
+
+
+def _can_share(model: torch.nn.Module, processor: Phi3VProcessor, max_new_tokens: int, group: Group) -> bool:
+    """Whether a group's prompts have pictures and begin alike, and none gets so long that the rope's factors change.
+
+    Past that threshold the model rotates all of a row's positions by other factors, those of its pictures too.
+    """
+    length = _prefix_length(processor, group[0][1])
+    prefix = group[0][1]["input_ids"][:length]
+    longest = max(len(encoded["input_ids"]) for _, encoded in group) + max_new_tokens
+    begin_alike = all(torch.equal(encoded["input_ids"][:length], prefix) for _, encoded in group)
+    return length > 0 and begin_alike and longest <= causal_lm_of(model).config.original_max_position_embeddings
+
+
+def _cut(encoded: dict[str, Any], places: slice) -> dict[str, Any]:
+    return {name: value[places] if name in ("input_ids", "labels") else value for name, value in encoded.items()}
 
 
 def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from peft import LoraConfig, get_peft_model
 
 from common.cli import Precision
 from common.collation import Example, Turn, encode_example
 from common.evaluation import generate_answers, write_evaluation
+from common.layers import causal_lm_of
 from common.phi3v import Phi3VProcessor
 from tests.launch import free_port
 from tests.model_helpers import picture, tiny_model, write_stand_in_checkpoint
@@ -22,6 +24,19 @@ def make_example(index):
     if index % 2:
         return Example(str(index), [Turn("why " * index + "?")])
     return Example(str(index), [Turn("<|image_1|>\n" + "what " * index + "?", images=[picture(30 + index, 30, index)])])
+
+
+PAGES = [0, 1, 0, 2, 1, 0, 2, 3]  # for every question below its page's number
+
+
+def ask_page(index):
+    """A question about a page that several of them are about, with another text each."""
+    page = PAGES[index]
+    return Example(str(index), [Turn("<|image_1|>\n" + "why " * (3 * index + 1) + "?", images=[page_picture(page)])])
+
+
+def page_picture(page):
+    return picture(400 + 300 * page, 300, 70 + page)
 
 
 def answers(folder, batch_size, workers=0):
@@ -76,6 +91,71 @@ def test_sharding_changes_nothing(folder, one_by_one):
     for rank in range(3):
         assert json.loads((folder / f"answers_{rank}.json").read_text()) == one_by_one
     assert json.loads((folder / "eval.json").read_text())["rank"] == 0
+
+
+def ask_pages(folder, batch_size, pictures=None, ask=ask_page, model=None, candidates=("Yes", "No")):
+    """Answers to questions about pages, and how many crops the tower has seen for them."""
+    model = model or tiny_model().eval()
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
+    precision = Precision("fp32", torch.float32, None)
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=batch_size, num_workers=0, precision=precision, device="cpu", tqdm=False
+    )
+    crops = []
+    tower = causal_lm_of(model).model.vision_embed_tokens.img_processor
+    hook = tower.register_forward_pre_hook(lambda module, inputs: crops.append(len(inputs[0])))
+    generated = generate_answers(
+        model, processor, len(PAGES), ask, options, candidates=candidates, max_new_tokens=6, pictures=pictures
+    )
+    hook.remove()
+    return generated, sum(crops)
+
+
+def crops_of(folder, pages):
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
+    return sum(len(processor.image_processor([page_picture(page)])["pixel_values"]) for page in pages)
+
+
+@pytest.mark.parametrize(("batch_size", "groups"), [(8, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (2, [0, 0, 1, 2, 3])])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_page_is_computed_once_for_its_questions(folder, batch_size, groups, with_lora):
+    """The same tokens as one by one, and the first token's probabilities to 1e-4 relative (float32)."""
+    model = tiny_model()
+    if with_lora:
+        torch.manual_seed(0)
+        adapters = LoraConfig(r=4, target_modules=["qkv_proj", "o_proj"], init_lora_weights=False)
+        model = get_peft_model(model, adapters).eval()
+    alone, crops = ask_pages(folder, batch_size=1, model=model)
+    assert crops == crops_of(folder, PAGES)
+    assert len({one.text for one in alone}) > 2
+    shared, crops = ask_pages(folder, batch_size, PAGES, model=model)
+    assert crops == crops_of(folder, groups)
+    assert [one.text for one in shared] == [one.text for one in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+
+
+def test_a_page_after_other_texts_is_not_shared(folder):
+    def ask(index):
+        example = ask_page(index)
+        turn = example.turns[0]
+        return Example(example.id, [Turn(f"{index}{turn.user}", images=turn.images)])
+
+    alone, crops = ask_pages(folder, 1, ask=ask)
+    shared, crops_shared = ask_pages(folder, 8, PAGES, ask=ask)
+    assert [one.text for one in shared] == [one.text for one in alone]
+    assert crops_shared == crops
+
+
+def test_pages_whose_rope_factors_change_are_not_shared(folder):
+    """A question that grows past the threshold, beside one about the same page that does not."""
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
+    lengths = [len(encode_example(processor, ask_page(index), with_answer=False)["input_ids"]) for index in (0, 5)]
+    assert lengths[1] - lengths[0] > 8
+    model = tiny_model(original_max_position_embeddings=lengths[1] + 2)
+    alone, _ = ask_pages(folder, 1, model=model)
+    shared, _ = ask_pages(folder, 8, PAGES, model=model)
+    assert [one.text for one in shared] == [one.text for one in alone]
 
 
 def test_model_is_left_in_its_mode(folder):

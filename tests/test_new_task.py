@@ -188,7 +188,9 @@ def options_for(folder, **values):
         "eval_split": "test",
         "eval_limit": None,
     }
-    return argparse.Namespace(**{**given, "full_train": False, "eval_only": False, "all_questions": False, **values})
+    return argparse.Namespace(
+        **{**given, "full_train": False, "eval_only": False, "all_questions": False, "share_images": False, **values}
+    )
 
 
 def test_splits_and_prompt(chartqa, charts):
