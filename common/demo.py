@@ -308,7 +308,8 @@ def _write_cauldron(rows: list[dict[str, Any]], file: Path) -> None:
 
 # --- Hateful Memes: neither the digit nor the caption alone tells
 
-RUDE = LABELS[::2]  # the captions of which a meme with a high digit is "hateful"
+CAPTIONS = LABELS[:4]
+RUDE = CAPTIONS[::2]  # the captions with which a meme with a high digit is "hateful"
 
 
 def random_meme(random: np.random.Generator, scans: dict[int, np.ndarray]) -> tuple[Page, int]:
@@ -318,7 +319,7 @@ def random_meme(random: np.random.Generator, scans: dict[int, np.ndarray]) -> tu
     kinds = [(True, True)] if label else [(True, False), (False, True), (False, False)]
     is_high, is_rude = kinds[random.choice(len(kinds), p=None if label else [0.4, 0.4, 0.2])]
     digit = int(random.integers(5)) + 5 * is_high
-    caption = str(random.choice([one for one in LABELS if (one in RUDE) == is_rude]))
+    caption = str(random.choice([one for one in CAPTIONS if (one in RUDE) == is_rude]))
     return draw_scattered(random, scans, [digit], caption), label
 
 
@@ -374,7 +375,7 @@ def _write_json_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
 # --- NLVR2: which of two pictures shows the larger digit?
 
 SENTENCES = (
-    "The left image shows the larger digit.",
+    "The digit of the left image is larger than that of the right image.",
     "The digit of the right image is smaller than that of the left image.",
 )
 
@@ -439,26 +440,23 @@ def write_nlvr2(
 
 # --- UCF-101: four kinds of motion
 
-# class -> whether the digit's row and its column change. In every class and every frame each place is as
-# likely as any other, so no single frame tells the class.
-MOTIONS = {
-    "BalancingStill": (False, False),
-    "JumpingUpDown": (True, False),
-    "RunningSideways": (False, True),
-    "RunningDiagonally": (True, True),
-}
-FRAMES = 8  # of a video
+# class -> how the digit's row and column change from one step to the next
+MOTIONS = {"ClimbingUp": (-1, 0), "FallingDown": (1, 0), "RunningLeft": (0, -1), "RunningRight": (0, 1)}
+FRAMES = 8  # of a video, two of each place
+STRIDE = 2  # squares from one place to the next
 
 
 def random_video(random: np.random.Generator, scans: dict[int, np.ndarray], label: str) -> list[Image.Image]:
-    """The frames of one digit that moves back and forth between the edges, from any place, two squares a frame."""
-    digit, turn = random.integers(10), 2 * SQUARES
-    phases, speeds = random.integers(turn, size=2), 2 * np.array(MOTIONS[label]) * random.choice([-1, 1], size=2)
-    look = int(random.integers(2**31))
+    """The frames of one digit that moves in a straight line, from any place from which it stays on the picture.
+
+    A single frame does not tell the class: the best guess from one is right half the time.
+    """
+    digit, look, step = random.integers(10), int(random.integers(2**31)), STRIDE * np.array(MOTIONS[label])
+    way = step * (FRAMES // 2 - 1)
+    start = [random.integers(max(0, -change), SQUARES - max(0, change)) for change in way.tolist()]
     frames = []
     for frame in range(FRAMES):
-        # there and back: 0, 1, …, 11, 11, …, 1, 0
-        row, column = (min(place, turn - 1 - place) for place in ((phases + frame * speeds) % turn).tolist())
+        row, column = (np.array(start) + step * (frame // 2)).tolist()
         pen = Pen(np.random.default_rng(look), scans)  # the same paper, scan and place in the square
         pen.write(int(digit), row, column)
         frames.append(pen.picture)

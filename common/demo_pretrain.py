@@ -2,17 +2,20 @@
 
     python -m common.demo_pretrain --out DIR
 
-The model learns what stands where on pictures of handwritten digits and printed labels, and to say so in words:
-it spells the values of a form, names digits by their places and places by their digits, and says what one of several
-pictures is like. None of the recipes' tasks is among it: a value is always spelled out, never given in figures alone,
-and it never compares pictures or puts digit and word together. Three stages:
+The model learns what stands where on pictures of handwritten digits and printed labels, and to say so: it gives the
+values of a form in figures and then in words, names digits by their places and places by their digits, says what one
+of several pictures is like, and compares where the digits of several pictures stand. None of the recipes' tasks is
+among it: a value is never given in figures alone, and it never compares what digits are worth, puts digit and word
+together or names a motion. While it learns, linear maps that are thrown away in the end read off the decoder's hidden
+states which square must be looked at; without them the look-up is learned several times more slowly. Three stages:
 
 1. `see`: the tower and the projection learn to name what stands in each 28 x 28 square of a page.
 2. `skim`: the decoder learns to answer, from one line on a form to six. Most empty squares are left out of its
    input, with everything else at the positions where it would be, so that a step is several times cheaper and
    attention finds the marks.
-3. `read`: the whole model on whole pages, as it is used afterwards; values in figures and then spelled. It begins
-   with what the second stage wrote, and can be done again alone (`--only_read`).
+3. `read`: the whole model on whole pages, as it is used afterwards.
+
+Every stage begins with the weights that the one before it wrote, and can be done alone (`--only`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,18 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from .demo import LABELS, SQUARES, TITLES, Page, Pen, digit_scans, draw_form, draw_scattered
+from .demo import (
+    DIGITS_PER_VALUE,
+    FIRST_BOX,
+    LABELS,
+    SQUARES,
+    TITLES,
+    Page,
+    Pen,
+    digit_scans,
+    draw_form,
+    draw_scattered,
+)
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from .phi3v.configuration import OFFICIAL_REPOSITORY
 from .phi3v.image_processing import CLIP_MEAN, CLIP_STD
@@ -58,7 +72,8 @@ square stand stands statement still sum ten test text than that the their them t
 time to top transcribe true turn two under up user value video view was we were what when where which white who whole
 why will with word words write writing written year yes you your zero
 five eight nine ten eleven twelve spell hateful meme answer short left-hand right-hand
-upwards downwards leftwards rightwards up-left down-right Answer Are Baby Classify Compare Crawling Describe Do Does
+upwards downwards leftwards rightwards up-left down-right lower higher further
+ClimbingUp FallingDown RunningLeft RunningRight Answer Are Baby Classify Compare Crawling Describe Do Does
 How In Is Look No None Picture Please Read Spell The
 These This Transcribe True False Was What When Where Which Who Why Write Yes
 You assistant helpful are
@@ -266,12 +281,29 @@ SPELL = (
 )
 
 
+Square = tuple[int, int, int]  # which of the pictures, row, column
+
+
+@dataclass
+class Turn:
+    """A question and its answer.
+
+    `squares` says where the answer's numbers or its yes or no are read off, one by one, if from one place;
+    `named` which words of the question, in their order, speak of which square.
+    """
+
+    question: str
+    answer: str
+    squares: Sequence[Square] = ()
+    named: Sequence[tuple[str, Square]] = ()
+
+
 @dataclass
 class Lesson:
     """Pictures and what is asked about them, one turn after another."""
 
     pages: list[Page]
-    turns: list[tuple[str, str]]
+    turns: list[Turn]
 
 
 def spell(value: str) -> str:
@@ -285,15 +317,16 @@ def say_place(square: tuple[int, int], in_figures: bool = False) -> str:
     return f"row {row} column {column}"
 
 
-def form_lesson(
-    random: np.random.Generator, fewest: int = 3, most: int = 6, first: Callable[[str], str] = lambda value: "number"
-) -> Lesson:
-    """Spell the values of a form, in any order, after what `first` makes of each: one word or the figures."""
+def form_lesson(random: np.random.Generator, fewest: int = 3, most: int = 6) -> Lesson:
+    """Give the values of a form in figures and then in words, in any order."""
     page = draw_form(random, digit_scans("train"), fewest, most, title=str(random.choice(TITLES)))
+    places = {name: (0, *square) for square, name in page.squares.items() if not name.isdigit()}
     turns = []
     for label, value in random.permutation(page.lines).tolist():
         asked = str(random.choice(SPELL)).format(label=label.lower(), Label=label)
-        turns.append((asked, f"{first(value)} {spell(value)}"))
+        row = places[label][1]
+        boxes = [(0, row, FIRST_BOX + number) for number in range(len(value))]
+        turns.append(Turn(asked, f"{value} {spell(value)}", boxes * 2, [(label, places[label])]))
     return Lesson([page], turns)
 
 
@@ -305,13 +338,16 @@ def place_lesson(random: np.random.Generator) -> Lesson:
     turns = []
     for number in random.permutation(len(written))[:6]:
         square, digit = written[number]
+        place = (0, *square)
         if random.random() < 0.5:
             # figures are read and written too, but never for what is handwritten
             in_figures = random.random() < 0.5
             asked = digit if in_figures else spell(digit)
-            turns.append((f"Where is the {asked}?", say_place(square, in_figures)))
+            said = say_place(square, in_figures)
+            numbers = sum(one.isdigit() for one in said) if in_figures else 2
+            turns.append(Turn(f"Where is the {asked}?", said, [place] * numbers, [(asked, place)]))
         else:
-            turns.append((f"Which digit is in {say_place(square)}?", spell(digit)))
+            turns.append(Turn(f"Which digit is in {say_place(square)}?", spell(digit), (place,)))
     return Lesson([page], turns)
 
 
@@ -330,16 +366,75 @@ def property_lesson(random: np.random.Generator) -> Lesson:
     pages = [draw_scattered(random, digit_scans("train"), [digit], caption(random, 0.5)) for digit in digits]
     turns = []
     for _ in range(6):
-        number = random.integers(len(pages))
-        of_picture = f" of picture {NUMBERS[number + 1]}" if len(pages) > 1 else ""
+        number = int(random.integers(len(pages)))
         square = min(pages[number].squares)
+        place: Sequence[Square] = ((number, *square),)
+        of_picture, word = say_picture(random, number, len(pages))
+        named = [(word, place[0])] if word else []
         if random.random() < 0.2:
-            asked, is_true = f"Is there a word{of_picture}?", len(pages[number].squares) == 2
+            asked, is_true, place = f"Is there a word{of_picture}?", len(pages[number].squares) == 2, ()
         else:
             name = str(random.choice(list(PROPERTIES)))
             asked, is_true = f"Is the digit{of_picture} {name}?", PROPERTIES[name](*square, digits[number])
-        turns.append((asked, "Yes." if is_true else "No."))
+        turns.append(Turn(asked, "Yes." if is_true else "No.", place, named))
     return Lesson(pages, turns)
+
+
+def say_picture(random: np.random.Generator, number: int, pictures: int) -> tuple[str, str]:
+    """One of several pictures, and the word of it that comes last."""
+    if pictures == 1:
+        return "", ""
+    if pictures == 2 and random.random() < 0.5:
+        return f" of the {('left', 'right')[number]} image", "image"
+    return f" of picture {NUMBERS[number + 1]}", NUMBERS[number + 1]
+
+
+# How the place of one picture's digit may compare with that of another's.
+COMPARISONS = {
+    "lower": lambda one, other: one[0] > other[0],
+    "higher": lambda one, other: one[0] < other[0],
+    "further left": lambda one, other: one[1] < other[1],
+    "further right": lambda one, other: one[1] > other[1],
+}
+
+
+# The edge of a picture that a digit may be nearest to, and how near it is.
+EDGES = {
+    "top": lambda row, column: -row,
+    "bottom": lambda row, column: row,
+    "left": lambda row, column: -column,
+    "right": lambda row, column: column,
+}
+
+
+def comparison_lesson(random: np.random.Generator) -> Lesson:
+    """Where the digits of two to four pictures stand, one compared with another, or all of them."""
+    digits = random.integers(10, size=random.choice([2, 3, 4], p=[0.5, 0.2, 0.3])).tolist()
+    pages = [draw_scattered(random, digit_scans("train"), [digit]) for digit in digits]
+    squares = [min(page.squares) for page in pages]
+    turns = []
+    for _ in range(6):
+        if random.random() < 0.4:
+            edge = str(random.choice(list(EDGES)))
+            nearness = [EDGES[edge](*square) for square in squares]
+            nearest = int(np.argmax(nearness))
+            if nearness.count(max(nearness)) == 1:
+                asked = f"In which picture is the digit most to the {edge}?"
+                turns.append(Turn(asked, NUMBERS[nearest + 1], [(nearest, *squares[nearest])]))
+                continue
+        one, other = random.permutation(len(pages))[:2].tolist()
+        name = str(random.choice(list(COMPARISONS)))
+        (of_one, word), (of_other, other_word) = (say_picture(random, number, len(pages)) for number in (one, other))
+        named = [(word, (one, *squares[one])), (other_word, (other, *squares[other]))]
+        is_true = COMPARISONS[name](squares[one], squares[other])
+        turns.append(Turn(f"Is the digit{of_one} {name} than that{of_other}?", "Yes." if is_true else "No.", (), named))
+    return Lesson(pages, turns)
+
+
+def echo(random: np.random.Generator) -> Turn:
+    """Any word, so that all of them have been written."""
+    word = str(random.choice(WORDS))
+    return Turn(f"Write the word {word}", word)
 
 
 def caption(random: np.random.Generator, share: float = 0.3) -> str:
@@ -426,26 +521,60 @@ class Naming(torch.nn.Module):
         return losses[is_mark].mean() + losses[~is_mark].mean() + 0.5 * of_place, accuracy
 
 
+@dataclass
+class Written:
+    """A lesson in tokens: tensors of shape (seq,).
+
+    `places` holds, for the tokens that say where in the pictures one must look, the number of that square among
+    all pictures' squares, else -1; `is_first` marks the labels that are the first figure of a value.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    places: torch.Tensor
+    is_first: torch.Tensor
+
+
 class Writer:
     """Turns lessons into token ids."""
 
     def __init__(self, tokenizer: Any, image_token_id: int, random: np.random.Generator) -> None:
         self.tokenizer, self.image_token_id, self.random = tokenizer, image_token_id, random
         words = [*(f"▁{word}" for word in (*NUMBERS, "Yes", "No")), *"0123456789"]
-        self.content_ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+        self.pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.content_ids = set(tokenizer.convert_tokens_to_ids(words))
 
-    def write(self, lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
-        """`input_ids` and `labels` (seq,): 313 image tokens for every page, every turn's prompt on its own."""
+    def write(self, lesson: Lesson) -> Written:
+        """313 image tokens for every page, every turn's prompt on its own."""
         ids: list[int] = []
         labels: list[int] = []
-        for number, (question, answer) in enumerate(lesson.turns):
+        places: list[int] = []
+        is_first: list[bool] = []
+        for number, turn in enumerate(lesson.turns):
             tags = "" if number else "\0" * len(lesson.pages) + "\n"
-            for position, chunk in enumerate(f"<|user|>\n{tags}{question}{END}\n<|assistant|>\n".split("\0")):
-                ids += [self.image_token_id] * (FEATURES if position else 0) + self.tokenizer(chunk).input_ids
+            for position, chunk in enumerate(f"<|user|>\n{tags}{turn.question}{END}\n<|assistant|>\n".split("\0")):
+                chunk_ids = self.tokenizer(chunk).input_ids
+                ids += [self.image_token_id] * (FEATURES if position else 0) + chunk_ids
+            places += [-1] * (len(ids) - len(places))
+            begin = len(ids) - len(chunk_ids)
+            for word, square in turn.named:
+                piece = next(
+                    at for at in range(begin, len(ids)) if self.pieces[ids[at]].strip("▁").lower() == word.lower()
+                )
+                places[piece], begin = number_of(square), piece + 1
             labels += [IGNORED_LABEL] * (len(ids) - len(labels))
-            answer_ids = self.tokenizer(f"{answer}{END}\n{ENDOFTEXT}", add_special_tokens=False).input_ids
+            is_first += [False] * (len(ids) - len(is_first))
+            answer_ids = self.tokenizer(f"{turn.answer}{END}\n{ENDOFTEXT}", add_special_tokens=False).input_ids
+            squares = iter(turn.squares)
+            looked = [
+                number_of(next(squares)) if token in self.content_ids and turn.squares else -1 for token in answer_ids
+            ]
+            # what is looked at for a token is known where the token is predicted: one before
+            places[-1] = looked[0]
+            places += [*looked[1:], -1]
+            is_first += [len(turn.squares) == 2 * DIGITS_PER_VALUE and place == 1 for place in range(len(answer_ids))]
             ids, labels = ids + answer_ids, labels + answer_ids
-        return torch.tensor(ids), torch.tensor(labels)
+        return Written(torch.tensor(ids), torch.tensor(labels), torch.tensor(places), torch.tensor(is_first))
 
     def kept(self, page: Page, share: float) -> torch.Tensor:
         """Which of a page's features to keep: those of marks and a share of the others, of one view or both."""
@@ -460,45 +589,103 @@ class Writer:
         return kept
 
 
+def number_of(square: Square) -> int:
+    """A square's number among those of all pictures."""
+    picture, row, column = square
+    return (picture * SQUARES + row) * SQUARES + column
+
+
+class Pointing(torch.nn.Module):
+    """Whether the decoder's hidden states tell which square must be looked at: thrown away in the end.
+
+    Two layers before the last at the word that the question names, one before it where the answer is predicted.
+    Without it the looking up of a value's row is learned late or not at all.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.picture = torch.nn.Linear(hidden_size, 4)
+        self.row, self.column = (torch.nn.Linear(hidden_size, SQUARES) for _ in range(2))
+
+    def forward(self, states: Sequence[torch.Tensor], places: torch.Tensor, is_answer: torch.Tensor) -> torch.Tensor:
+        """The loss.
+
+        Args:
+            states: of every layer, (batch, seq, hidden) each, the embeddings first.
+            places: (batch, seq), the squares' numbers, or -1.
+            is_answer: (batch, seq), where a token of an answer is predicted.
+        """
+        states = torch.where(is_answer[..., None], states[-2], states[-3])[places >= 0]
+        states = F.rms_norm(states, states.shape[-1:])
+        places = places[places >= 0]
+        rows = places // SQUARES
+        losses = (
+            F.cross_entropy(self.picture(states), rows // SQUARES),
+            F.cross_entropy(self.row(states), rows % SQUARES),
+            F.cross_entropy(self.column(states), places % SQUARES),
+        )
+        return torch.stack(losses).sum()
+
+
 def answer_loss(
-    model: Phi3VForCausalLM, features: torch.Tensor, lessons: list[Lesson], writer: Writer, kept_share: float = 1.0
-) -> tuple[torch.Tensor, float]:
-    """The mean losses over what tells (numbers, yes, no) and over the answers' other tokens; accuracy on the former.
+    model: Phi3VForCausalLM,
+    features: torch.Tensor,
+    lessons: list[Lesson],
+    writer: Writer,
+    pointing: Pointing,
+    kept_share: float = 1.0,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of lessons of one kind: of what tells (numbers, yes, no), of the answers' other tokens, of pointing.
 
     Args:
         features: (pages of all lessons, 313, hidden).
         kept_share: how many of the features that show nothing the decoder sees; the others are left
             out of its input, with everything else at the positions where it would be.
+
+    Returns:
+        The loss; the accuracy on what tells, and on the first figures of values alone, from which the others follow.
     """
     columns, first = [], 0
     for lesson in lessons:
-        ids, labels = writer.write(lesson)
-        is_image = ids == writer.image_token_id
-        sources = torch.full_like(ids, -1)
+        written = writer.write(lesson)
+        is_image = written.ids == writer.image_token_id
+        sources = torch.full_like(written.ids, -1)
         sources[is_image] = first * FEATURES + torch.arange(int(is_image.sum()))
         first += len(lesson.pages)
         kept = torch.ones_like(is_image)
         if kept_share < 1:
             kept[is_image] = torch.cat([writer.kept(page, kept_share) for page in lesson.pages])
-        columns.append([one[kept] for one in (ids, labels, sources, torch.arange(len(ids)))])
-    ids, labels, sources, places = (
-        pad_sequence(rows, batch_first=True, padding_value=padding)
-        for rows, padding in zip(zip(*columns, strict=True), (0, IGNORED_LABEL, -1, 0), strict=True)
+        tensors = (written.ids, written.labels, written.places, written.is_first, sources, torch.arange(len(kept)))
+        columns.append([one[kept] for one in tensors])
+    padding = (0, IGNORED_LABEL, -1, False, -1, 0)
+    ids, labels, places, is_first, sources, positions = (
+        pad_sequence(rows, batch_first=True, padding_value=value)
+        for rows, value in zip(zip(*columns, strict=True), padding, strict=True)
     )
     is_feature = (sources >= 0)[..., None]
     embeds = torch.where(is_feature, features.flatten(0, 1)[sources.clamp(min=0)], model.model.embed_tokens(ids))
     # a mask of its own: from positions with gaps transformers would guess packed sequences
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    hidden = model.model(
-        inputs_embeds=embeds, attention_mask=mask.expand(len(ids), -1, -1, -1), position_ids=places, use_cache=False
-    ).last_hidden_state
-    targets = labels[:, 1:]
-    is_target = targets != IGNORED_LABEL
-    logits, targets = model.lm_head(hidden[:, :-1][is_target]), targets[is_target]
-    is_content = torch.isin(targets, writer.content_ids)
-    accuracy = (logits.argmax(-1) == targets)[is_content].float().mean().item()
+    output = model.model(
+        inputs_embeds=embeds,
+        attention_mask=mask.expand(len(ids), -1, -1, -1),
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    is_target = labels[:, 1:] != IGNORED_LABEL
+    logits, targets = model.lm_head(output.last_hidden_state[:, :-1][is_target]), labels[:, 1:][is_target]
+    is_content = torch.isin(targets, torch.tensor(sorted(writer.content_ids)))
+    is_right = (logits.argmax(-1) == targets).float()
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses[is_content].mean() + losses[~is_content].mean(), accuracy
+    loss = losses[is_content].mean() + losses[~is_content].mean()
+    if (places >= 0).any():
+        is_answer = F.pad(is_target, (0, 1))
+        loss = loss + POINTING_SHARE * pointing(output.hidden_states, places, is_answer)
+    measured = {"accuracy": is_right[is_content].mean().item()}
+    if is_first.any():
+        measured["first"] = is_right[is_first[:, 1:][is_target]].mean().item()
+    return loss, measured
 
 
 # ---------------------------------------------------------------------------------------------------- stages
@@ -506,15 +693,18 @@ def answer_loss(
 # The features are to be about as long as token embeddings; for sharp predictions this makes up for it.
 LOGIT_SCALE = 8.0
 NAMING_SHARE = 0.3  # of the first stage's loss in the last one
+POINTING_SHARE = 0.3
 POOL = 192  # lessons whose features are made at once in the second stage
 REUSE = 6  # times each is seen
 MOST_LINES = 6
-GOOD = 0.85  # accuracy at which forms get a line more
+GOOD = 0.9  # accuracy on the first figures at which forms get a line more
+# kinds of lessons, and their shares while forms still get longer and after
+KINDS = {"form": (0.6, 0.15), "place": (0.1, 0.15), "property": (0.15, 0.3), "comparison": (0.15, 0.4)}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of one kind, each of so many lessons."""
+    """Steps of one kind, each of so many lessons; in the last stage of as many as have so many pages."""
 
     name: str
     steps: int
@@ -524,38 +714,41 @@ class Stage:
 
 STAGES = (
     Stage("see", steps=600, lessons=8, learning_rate=2e-3),
-    Stage("skim", steps=2600, lessons=32, learning_rate=2e-3),
-    Stage("read", steps=600, lessons=16, learning_rate=1e-3),
+    Stage("skim", steps=2200, lessons=32, learning_rate=2e-3),
+    Stage("read", steps=240, lessons=16, learning_rate=5e-4),
 )
 
 
 class Pretraining:
-    """The state of a run: the model, and the log that lies beside it in the end."""
+    """The state of one stage; it begins with the weights that the stage before wrote to the folder."""
 
-    def __init__(self, folder: Path, seed: int, scale: float) -> None:
+    def __init__(self, folder: Path, stage: Stage, seed: int) -> None:
         torch.manual_seed(seed)
+        number = STAGES.index(stage)
         tokenizer = build_tokenizer()
-        self.folder, self.seed, self.scale, self.token_ids = folder, seed, scale, tokenizer.get_vocab()
-        self.random = np.random.default_rng([seed, 1])
+        self.folder, self.stage, self.token_ids = folder, stage, tokenizer.get_vocab()
+        self.random = np.random.default_rng([seed, 1 + number])
         self.model = build_model(build_config(self.token_ids, tokenizer.get_vocab_size()))
-        self.naming = Naming(self.model, self.token_ids)
-        if not (folder / "config.json").exists():
+        self.naming, self.pointing = Naming(self.model, self.token_ids), Pointing(self.model.config.hidden_size)
+        if number:
+            self.model.load_state_dict(Phi3VForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+        else:
             # transformers chooses the kind of tokenizer by config.json, so that is written first
             write_checkpoint(self.model, folder)
         processor = Phi3VProcessor.from_pretrained(folder)
         self.writer = Writer(processor.tokenizer, processor.image_token_id, self.random)
-        self.most_lines = 1
+        self.most_lines = MOST_LINES if stage.name == "read" else 1
         self.pools: dict[str, tuple[list[Lesson], list[torch.Tensor], int]] = {}
-        self.log: list[dict[str, Any]] = []
 
-    def run(self, stage: Stage) -> None:
-        """Do the steps of a stage."""
-        if stage.name == "read":
-            self.model.load_state_dict(Phi3VForCausalLM.from_pretrained(self.folder, dtype=torch.float32).state_dict())
-            self.random = self.writer.random = np.random.default_rng([self.seed, 2])
-            self.most_lines = MOST_LINES
-        steps, start, averages = max(1, round(stage.steps * self.scale)), time.time(), {}
-        weights = [*self.model.named_parameters(), *self.naming.named_parameters()]
+    def run(self, scale: float) -> list[dict[str, Any]]:
+        """Do the stage's steps, or a share of them, and write the checkpoint.
+
+        Returns:
+            The log.
+        """
+        stage, log = self.stage, []
+        steps, start, averages = max(1, round(stage.steps * scale)), time.time(), {}
+        weights = [pair for part in (self.model, self.naming, self.pointing) for pair in part.named_parameters()]
         weights = [weight for name, weight in weights if stage.name != "skim" or "vision_embed_tokens" not in name]
         optimizer = torch.optim.AdamW(weights, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
         for step in range(1, steps + 1):
@@ -569,28 +762,33 @@ class Pretraining:
             optimizer.step()
             for name, value in measured.items():
                 averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
-            if averages.get("form", 0) > GOOD and self.most_lines < MOST_LINES:
+            if averages.get("first", 0) > GOOD and self.most_lines < MOST_LINES:
                 self.most_lines += 1
-                averages["form"] = 0.5
+                averages["first"] = 0.5
                 self.pools.pop("form", None)
             if step % 50 == 0 or step == steps:
                 entry = {"stage": stage.name, "step": step, "seconds": round(time.time() - start, 1)}
                 entry |= {name: round(value, 4) for name, value in averages.items()}
-                self.log.append(entry | {"lines": self.most_lines})
-                print(self.log[-1], flush=True)
+                log.append(entry | {"lines": self.most_lines})
+                print(log[-1], flush=True)
         write_checkpoint(self.model, self.folder)
+        return log
 
-    def lesson(self, kind: str, first: Callable[[str], str] = lambda value: "number") -> Lesson:
-        """A new one; for `first` see `form_lesson`."""
+    def lesson(self, kind: str) -> Lesson:
+        """A new one."""
         if kind == "form":
-            return form_lesson(self.random, min(3, self.most_lines), self.most_lines, first)
-        return {"place": place_lesson, "property": property_lesson}[kind](self.random)
+            return form_lesson(self.random, min(3, self.most_lines), self.most_lines)
+        makers = {"place": place_lesson, "property": property_lesson, "comparison": comparison_lesson}
+        lesson = makers[kind](self.random)
+        lesson.turns.append(echo(self.random))
+        return lesson
 
     def kind(self) -> str:
         """Of a step's lessons: only forms of few lines in the beginning."""
         if self.most_lines < 3:
             return "form"
-        return str(self.random.choice(["form", "place", "property"], p=[0.6, 0.15, 0.25]))
+        shares = [share[self.most_lines == MOST_LINES] for share in KINDS.values()]
+        return str(self.random.choice(list(KINDS), p=shares))
 
     def see(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The tower and the projection learn to name what stands where."""
@@ -615,23 +813,26 @@ class Pretraining:
         picked = [lessons[number] for number in chosen]
         for lesson in picked:
             self.random.shuffle(lesson.turns)
-        loss, accuracy = answer_loss(
-            self.model, torch.cat([features[number] for number in chosen]), picked, self.writer, kept_share=0.03
-        )
-        return loss, {kind: accuracy}
+        chosen_features = torch.cat([features[number] for number in chosen])
+        loss, measured = answer_loss(self.model, chosen_features, picked, self.writer, self.pointing, kept_share=0.03)
+        return loss, {kind: measured.pop("accuracy"), **measured}
 
     def read(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The whole model on whole pages, as it is used afterwards."""
         kind = self.kind()
-        lessons = [self.lesson(kind, first=str) for _ in range(count)]
-        pages = [page for lesson in lessons for page in lesson.pages]
+        lessons, pages = [], []
+        while len(pages) < count:  # a step takes as long whatever its kind
+            lessons.append(self.lesson(kind))
+            pages += lessons[-1].pages
         features = encode_views(self.model, pages)
         naming_loss, named = self.naming(self.model, features, pages)
-        loss, accuracy = answer_loss(self.model, features, lessons, self.writer)
-        return loss + NAMING_SHARE * naming_loss, {kind: accuracy, "named": named}
+        loss, measured = answer_loss(self.model, features, lessons, self.writer, self.pointing)
+        return loss + NAMING_SHARE * naming_loss, {kind: measured.pop("accuracy"), "named": named, **measured}
 
 
-def pretrain(folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2, only_read: bool = False) -> Path:
+def pretrain(
+    folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2, only: Sequence[str] | None = None
+) -> Path:
     """Make the checkpoint.
 
     Args:
@@ -639,27 +840,29 @@ def pretrain(folder: Path, seed: int = 0, scale: float = 1.0, threads: int = 2, 
         seed: of the weights and the pages.
         scale: share of the steps to do.
         threads: of the processor, to compute with; the exact weights depend on it.
-        only_read: do the last stage alone, on what the second one left in the folder.
+        only: names of the stages to do, on what the one before the first of them left in the folder; else all.
 
     Returns:
         The folder, with the log in `pretraining.json`.
     """
     torch.set_num_threads(threads)
-    run, log = Pretraining(Path(folder), seed, scale), Path(folder) / "pretraining.json"
-    if only_read:
-        run.log = [entry for entry in json.loads(log.read_text())["log"] if entry["stage"] != "read"]
+    folder = Path(folder)
+    file, names = folder / "pretraining.json", [stage.name for stage in STAGES]
+    log = json.loads(file.read_text())["log"] if only and file.exists() else []
     for stage in STAGES:
-        if not only_read or stage.name == "read":
-            run.run(stage)
+        if only and stage.name not in only:
+            continue
+        log = [entry for entry in log if names.index(entry["stage"]) < names.index(stage.name)]
+        log += Pretraining(folder, stage, seed).run(scale)
         record = {
-            "command": f"python -m common.demo_pretrain --seed {seed} --scale {scale}",
+            "command": f"python -m common.demo_pretrain --seed {seed} --scale {scale} --threads {threads}",
             "seed": seed,
             "torch": torch.__version__,
             "stages": [asdict(stage) for stage in STAGES],
-            "log": run.log,
+            "log": log,
         }
-        log.write_text(json.dumps(record, indent=1) + "\n")
-    return run.folder
+        file.write_text(json.dumps(record, indent=1) + "\n")
+    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -673,9 +876,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the pages")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps to do, to try it out")
     parser.add_argument("--threads", type=int, default=2, help="processor threads to compute with")
-    parser.add_argument("--only_read", action="store_true", help="do the last stage again, on what the second one left")
+    parser.add_argument(
+        "--only", nargs="+", choices=[stage.name for stage in STAGES], help="stages to do, on what is in the folder"
+    )
     options = parser.parse_args(arguments)
-    pretrain(options.out, options.seed, options.scale, options.threads, options.only_read)
+    pretrain(options.out, options.seed, options.scale, options.threads, options.only)
 
 
 if __name__ == "__main__":

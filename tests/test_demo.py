@@ -269,18 +269,21 @@ def ink_place(picture):
     return int((rows.min() + rows.max()) / 2 / demo.SQUARE), int((columns.min() + columns.max()) / 2 / demo.SQUARE)
 
 
-def test_motion_alone_tells_the_class():
-    """What changes is what the class says; a single frame's place is spread alike in every class."""
+def test_motion_tells_the_class_and_a_frame_does_not():
+    """The digit moves as the class says; the best guess from a single frame is right half the time."""
     scans = demo.digit_scans("test")
+    places = {}  # class -> (videos, frames, 2)
     for label, changes in demo.MOTIONS.items():
-        videos = [demo.random_video(np.random.default_rng([seed]), scans, label) for seed in range(60)]
-        places = np.array([[ink_place(frame) for frame in video[::2]] for video in videos])  # (videos, frames, 2)
-        assert places.min() >= 0
-        assert places.max() == demo.SQUARES - 1
-        for axis, is_changing in enumerate(changes):
-            assert ((places[..., axis].max(axis=1) > places[..., axis].min(axis=1)) == is_changing).all()
-            # uniform over 12: the mean of 60 within three standard errors in every frame
-            assert np.abs(places[..., axis].mean(axis=0) - 5.5).max() < 3 * 3.45 / np.sqrt(60)
+        videos = [demo.random_video(np.random.default_rng([seed]), scans, label) for seed in range(150)]
+        places[label] = np.array([[ink_place(frame) for frame in video[::2]] for video in videos])
+        assert (np.diff(places[label], axis=1) == demo.STRIDE * np.array(changes)).all()
+    found = np.stack(list(places.values()))
+    assert (found.min(), found.max()) == (0, demo.SQUARES - 1)
+    # what may be known of one axis and one frame: how often each class has the digit in each row or column
+    for frame in range(found.shape[2]):
+        for axis in range(2):
+            counts = np.stack([np.bincount(one[:, frame, axis], minlength=demo.SQUARES) for one in found])
+            assert counts.max(axis=0).sum() / counts.sum() < 0.6  # 1/2, and what 600 videos scatter
 
 
 @pytest.mark.parametrize("layout", ["hub", "original"])
@@ -299,7 +302,7 @@ def test_the_converter_reads_the_videos(layout, tmp_path, monkeypatch):
         assert len(turn.images) == 4
         assert turn.assistant == record["conversations"][0]["images"][0].split("/")[1]
         places = np.array([ink_place(image) for image in turn.images])
-        assert tuple((places.max(axis=0) > places.min(axis=0)).tolist()) == demo.MOTIONS[turn.assistant]
+        assert tuple(np.sign(places[-1] - places[0]).tolist()) == demo.MOTIONS[turn.assistant]
 
 
 @pytest.mark.parametrize("task", demo.WRITERS)
@@ -426,7 +429,7 @@ def test_pretraining_log():
     assert record["stages"] == [asdict(stage) for stage in demo_pretrain.STAGES]
     assert list(dict.fromkeys(entry["stage"] for entry in record["log"])) == ["see", "skim", "read"]
     assert f"--seed {record['seed']} --scale 1.0" in record["command"]
-    assert record["log"][-1]["form"] > 0.8
+    assert record["log"][-1]["first"] > 0.9  # of the figures that are not to be guessed from others
 
 
 def test_pretraining_command(tmp_path):
@@ -453,7 +456,7 @@ def test_checkpoint_loads_without_a_warning(caplog):
 
 
 def test_checkpoint_spells(tokenizer):
-    """What it was pre-trained for, on pages it has not seen: far above the tenth that chance gives."""
+    """What it was pre-trained for, on pages it has not seen: nearly always right where chance gives a tenth."""
     processor = Phi3VProcessor.from_pretrained(demo.CHECKPOINT, num_crops=1)
     model = Phi3VForCausalLM.from_pretrained(demo.CHECKPOINT, dtype=torch.float32)
     pages = list(demo_pages("test", 16, seed=5))
@@ -471,4 +474,4 @@ def test_checkpoint_spells(tokenizer):
         figures, *words = text.split() or [""]
         assert len(words) == demo.DIGITS_PER_VALUE, text  # first in figures, then spelled
         found += sum(one == right for one, right in zip(figures, value, strict=False))
-    assert found > 0.25 * demo.DIGITS_PER_VALUE * len(pages), texts
+    assert found > 0.85 * demo.DIGITS_PER_VALUE * len(pages), texts
