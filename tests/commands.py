@@ -145,6 +145,10 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*words, "--out", "{out}/data", "--train_pages", "2", "--test_pages", "2"]
     if module == "common.demo_pretrain":
         return [*words, "--out", "{out}/checkpoint", "--scale", "0.001"]
+    if module == "tools.plan":
+        return words if "--gpu_memory" in words else [*words, "--gpu_memory", "80"]
+    if module == "benchmarks.communication":
+        return words
     if module == "benchmarks.convert":
         return [*words, "--rounds", "1", "--videos", "2", "--output", "{out}/figures.json"]
     raise ValueError(f"nobody knows how to shorten: {shlex.join(words)}")

@@ -131,8 +131,9 @@ def test_every_link_within_the_repository_leads_somewhere():
 
 def test_every_option_named_exists():
     known = {option for action in make_parser("")._actions for option in action.option_strings} | OTHERS_OPTIONS
-    for path in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py"), REPOSITORY / "common" / "demo.py"):
-        known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    for folder in (".", "tools", "benchmarks", "common"):
+        for path in REPOSITORY.glob(f"{folder}/*.py"):
+            known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", re.sub(r"<!--.*?-->", "", ALL)))
     assert len(named) > 20
     assert named - known == set()
