@@ -272,7 +272,8 @@ def tensor_bytes():
 def watched_load(*arguments):
     if trained:
         alive = [name for name, reference in trained if reference() is not None]
-        print("AT THE RELOAD", len(trained), alive, tensor_bytes() - bytes_before, flush=True)
+        # in one write, for the other process prints too
+        print(f"AT THE RELOAD {len(trained)} {alive} {tensor_bytes() - bytes_before}\\n", end="", flush=True)
     return load_model(*arguments)
 
 
