@@ -226,10 +226,10 @@ def test_evaluation_feeds_what_training_saw(folder, processor, batch_size):
     generate_answers(model, processor, len(data), data.example, options)
     fed = [row for rows, _ in model.fed for row in rows]
     assert len(fed) == len(MIXED)
-    for index, prompt in enumerate(fed):
+    for index in range(len(MIXED)):
         trained = encode_example(processor, data.example(index))
-        length = len(prompt)
-        assert trained["input_ids"][:length].tolist() == prompt.tolist()
+        # prompts are fed sorted by length
+        (length,) = [len(prompt) for prompt in fed if trained["input_ids"][: len(prompt)].tolist() == prompt.tolist()]
         assert trained["labels"][length - 1] == -100
         assert (trained["labels"][length:] != -100).all()
         answer = MIXED[index]["conversations"][-1]["assistant"] + ANSWER_END

@@ -18,7 +18,7 @@ from tests.launch import read_evaluation, read_log, run_script
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 STEPS = 8
 METHODS = {
-    "full": ("--learning_rate", "1e-3"),
+    "full": ("--learning_rate", "2e-4"),
     "frozen": ("--freeze_vision_model", "--learning_rate", "1e-3"),
     "lora": ("--use_lora", "--lora_rank", "8", "--learning_rate", "3e-3", "--report_to", "tensorboard"),
     "qlora": ("--use_lora", "--use_qlora", "--lora_rank", "8", "--learning_rate", "3e-3"),

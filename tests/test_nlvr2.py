@@ -120,7 +120,8 @@ def test_every_sentence_of_the_original_files_is_evaluated(original, monkeypatch
     _, eval_rows = nlvr2.load_data(options_for(original))
     asked = []
 
-    def generate_answers(model, processor, count, make_example, options, title):
+    def generate_answers(model, processor, count, make_example, options, title, pictures):
+        assert len(pictures) == count
         asked.extend(make_example(index).turns for index in range(count))
         return [Generated("Yes"), Generated("yes.")]
 
