@@ -482,7 +482,7 @@ def running(group):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_in_the_middle(tmp_path, sent):
     content = make_video(150)
-    videos = write_videos(tmp_path / "videos", {f"train/A/v_{number:03d}.avi": content for number in range(120)})
+    videos = write_videos(tmp_path / "videos", {f"train/A/v_{number:03d}.avi": content for number in range(400)})
     out = tmp_path / "out"
     arguments = ["--video_dir", str(videos), "--out_dir", str(out)]
     process = subprocess.Popen(
@@ -508,7 +508,7 @@ def test_stopped_in_the_middle(tmp_path, sent):
             os.killpg(process.pid, signal.SIGKILL)
     assert not list(out.glob("*.jsonl"))
     written = list(out.rglob("*.jpg"))
-    assert 0 < len(written) < 120 * 8
+    assert 0 < len(written) < 400 * 8
     for path in written:
         Image.open(path).load()
     if sent == signal.SIGINT:
