@@ -16,7 +16,7 @@ import random
 from typing import Any
 
 from common.cli import make_parser, parse_options
-from common.collation import Example, Turn, encode_example, encode_questions
+from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_pictures, number_questions
 from common.errors import run
 from common.evaluation import generate_answers, write_evaluation
@@ -90,8 +90,7 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
         question, accepted = generator.choice(asked) if number is None else asked[number]
         return ask(rows, row, question, generator.choice(accepted))
 
-    encode = functools.partial(encode_questions if options.share_images else encode_example, processor)
-    return ExampleDataset(len(numbers), make_example, encode, options.seed, pictures)
+    return ExampleDataset(len(numbers), make_example, processor, options.seed, pictures)
 
 
 # --- metric

@@ -20,7 +20,7 @@ from typing import Any
 
 from common import data
 from common.cli import make_parser, parse_options
-from common.collation import Example, Turn, encode_example
+from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_evaluation
@@ -131,8 +131,7 @@ def main() -> None:
     say(f"before training: {in_words(before)}")
 
     model = prepare_for_training(model, processor, options)
-    encode = functools.partial(encode_example, processor)
-    dataset = ExampleDataset(len(train_rows), functools.partial(make_example, train_rows), encode, options.seed)
+    dataset = ExampleDataset(len(train_rows), functools.partial(make_example, train_rows), processor, options.seed)
     evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
     trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import data
 from common.cli import make_parser, parse_options
-from common.collation import Example, Turn, encode_example, encode_questions
+from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows
 from common.errors import UserError, run
 from common.evaluation import generate_answers, write_evaluation
@@ -131,9 +131,8 @@ def main() -> None:
     model = prepare_for_training(model, processor, options)
     numbers = data.number_questions(train_rows, each=options.separate_questions or options.share_images)
     pictures = data.number_pictures(train_rows, numbers) if options.share_images else None
-    encode = functools.partial(encode_questions if options.share_images else encode_example, processor)
     examples = functools.partial(make_example, train_rows, numbers)
-    dataset = ExampleDataset(len(numbers), examples, encode, options.seed, pictures)
+    dataset = ExampleDataset(len(numbers), examples, processor, options.seed, pictures)
     evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
     trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)

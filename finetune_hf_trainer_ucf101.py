@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import make_parser, parse_options
-from common.collation import Example, encode_example
+from common.collation import Example
 from common.conversations import Conversations, check_lengths, load_conversations
 from common.data import ExampleDataset
 from common.errors import UserError, run
@@ -110,8 +110,7 @@ def main() -> None:
     say(f"before training: accuracy {before['accuracy']:.4f}")
 
     model = prepare_for_training(model, processor, options)
-    encode = functools.partial(encode_example, processor)
-    dataset = ExampleDataset(len(train_data), functools.partial(make_example, train_data), encode, options.seed)
+    dataset = ExampleDataset(len(train_data), functools.partial(make_example, train_data), processor, options.seed)
     evaluate_now = functools.partial(evaluate, model, processor, eval_data, classes, options)
     trainer = train(model, processor, dataset, arguments, options, evaluate_now)
     save(trainer, processor, options.output_dir)

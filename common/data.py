@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 
-from .collation import Example
+from .collation import Example, encode_questions
 from .errors import UserError, is_first_process
+from .phi3v import Phi3VProcessor
 
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
@@ -54,6 +55,17 @@ class Rows:
     def without_images(self) -> Iterator[dict[str, Any]]:
         """The rows one after another, their images left where they are."""
         return iter(self.table.remove_columns([name for name in ("image", "images") if name in self.columns]))
+
+    @functools.cached_property
+    def picture_numbers(self) -> list[int]:
+        """See `number_pictures`; all pictures are read for it, so once."""
+        numbers: dict[tuple[Any, ...], int] = {}
+        columns = [name for name in ("image", "images") if name in self.columns]
+        of_row = []
+        for row in self.table.select_columns(columns):
+            cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
+            of_row.append(numbers.setdefault(tuple(map(_identify, cells)), len(numbers)))
+        return of_row
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages."""
@@ -278,12 +290,7 @@ def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]] | No
     Args:
         questions: what `number_questions` made; without it every row counts once.
     """
-    numbers: dict[tuple[Any, ...], int] = {}
-    columns = [name for name in ("image", "images") if name in rows.columns]
-    of_row = []
-    for row in rows.table.select_columns(columns):
-        cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
-        of_row.append(numbers.setdefault(tuple(map(_identify, cells)), len(numbers)))
+    of_row = rows.picture_numbers
     return of_row if questions is None else [of_row[row] for row, _ in questions]
 
 
@@ -411,8 +418,7 @@ class ExampleDataset(torch.utils.data.Dataset):
     Args:
         size: how many examples an epoch has.
         make_example: (number, random generator) -> the example.
-        encode: the example -> what the collator takes; runs in the loader's workers. With `pictures`:
-            examples that hold the same pictures as the same objects -> what the collator takes of each.
+        processor: encodes the examples, in the loader's workers.
         seed: of all draws.
         pictures: for every example the number of its pictures, where examples with the same ones are to
             share them (`number_pictures`).
@@ -422,13 +428,13 @@ class ExampleDataset(torch.utils.data.Dataset):
         self,
         size: int,
         make_example: Callable[[int, random.Random], Example],
-        encode: Callable[..., Any],
+        processor: Phi3VProcessor,
         seed: int = 0,
         pictures: Sequence[int] | None = None,
     ) -> None:
         self.size = size
         self.make_example = make_example
-        self.encode = encode
+        self.processor = processor
         self.seed = seed
         self.pictures = pictures
 
@@ -437,20 +443,16 @@ class ExampleDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: ExampleKey | int | list[ExampleKey]) -> dict[str, Any] | list[dict[str, Any]]:
         """An encoded example with its `loss_weight`; for a list of keys, a group about the same pictures, each one."""
-        if isinstance(key, list):
-            return self._group(key) if self.pictures is not None else [self[one] for one in key]
-        index, epoch, weight = key if isinstance(key, tuple) else (key, 0, 1.0)
-        return {**self.encode(self.example(index, epoch)), "loss_weight": weight}
+        if not isinstance(key, list):
+            return self[[key if isinstance(key, ExampleKey) else ExampleKey(key, 0, 1.0)]][0]
+        with opening_images_by(functools.cache(open_pixels)):  # every picture decoded once, and the same object
+            examples = [self.example(one.index, one.epoch) for one in key]
+        encoded = zip(encode_questions(self.processor, examples), key, strict=True)
+        return [{**example, "loss_weight": one.weight} for example, one in encoded]
 
     def example(self, index: int, epoch: int) -> Example:
         """The example as it is drawn in that epoch."""
         return self.make_example(index, random.Random(f"{self.seed}-{epoch}-{index}"))
-
-    def _group(self, keys: Sequence[ExampleKey]) -> list[dict[str, Any]]:
-        with opening_images_by(functools.cache(open_pixels)):  # every picture decoded once, and the same object
-            examples = [self.example(key.index, key.epoch) for key in keys]
-        encoded = zip(self.encode(examples), keys, strict=True)
-        return [{**one, "loss_weight": key.weight} for one, key in encoded]
 
 
 def loader_context(num_workers: int) -> str | None:

@@ -313,9 +313,15 @@ def drawn(dataset, epoch):
 
 
 @pytest.fixture
+def as_ids(monkeypatch):
+    monkeypatch.setattr("common.data.encode_questions", lambda _, examples: [{"id": one.id} for one in examples])
+
+
+@pytest.fixture
 def as_text(monkeypatch):
     monkeypatch.setattr(
-        docvqa, "encode_example", lambda _, example: {"text": (example.turns[0].user, example.turns[0].assistant)}
+        "common.data.encode_questions",
+        lambda _, examples: [{"text": (one.turns[0].user, one.turns[0].assistant)} for one in examples],
     )
 
 
@@ -345,10 +351,8 @@ def test_an_accepted_answer_is_drawn_per_epoch(tmp_path, as_text):
     assert answers == {"0", "x"}
 
 
-def test_example_dataset_hands_on_the_weight():
-    dataset = ExampleDataset(
-        2, lambda index, generator: Example(str(index), [Turn("q", "a")]), lambda one: {"id": one.id}
-    )
+def test_example_dataset_hands_on_the_weight(as_ids):
+    dataset = ExampleDataset(2, lambda index, generator: Example(str(index), [Turn("q", "a")]), FakeProcessor())
     assert dataset[ExampleKey(1, 0, 0.25)] == {"id": "1", "loss_weight": 0.25}
 
 
@@ -386,7 +390,7 @@ def test_a_group_decodes_its_page_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "common.data.open_pixels", lambda content, path: (decoded.update("x"), open_header(content, path))[1]
     )
-    monkeypatch.setattr(docvqa, "encode_questions", lambda processor, examples: [{"example": one} for one in examples])
+    monkeypatch.setattr("common.data.encode_questions", lambda _, examples: [{"example": one} for one in examples])
     dataset = docvqa.training_set(load(tmp_path), FakeProcessor(), options_for(share_images=True))
     assert dataset.pictures == [0, 1, 1, 1, 2, 2]
     group = dataset[[ExampleKey(3, 0, 0.5), ExampleKey(1, 0, 2.0)]]
@@ -397,10 +401,8 @@ def test_a_group_decodes_its_page_once(tmp_path, monkeypatch):
     assert turns[0].images[0] is turns[1].images[0]
 
 
-def test_a_group_that_shares_nothing_is_its_examples():
-    dataset = ExampleDataset(
-        2, lambda index, generator: Example(str(index), [Turn("q", "a")]), lambda one: {"id": one.id}
-    )
+def test_a_group_that_shares_nothing_is_its_examples(as_ids):
+    dataset = ExampleDataset(2, lambda index, generator: Example(str(index), [Turn("q", "a")]), FakeProcessor())
     assert dataset[[ExampleKey(1, 0, 0.25)]] == [{"id": "1", "loss_weight": 0.25}]
 
 

@@ -8,7 +8,6 @@ epoch, so that every step holds the same questions as without; packs alone leave
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import datasets
 import pytest
 import torch
 
-from common.collation import Example, Turn, encode_questions
+from common.collation import Example, Turn
 from common.data import ExampleDataset, ExampleKey
 from common.demo import CHECKPOINT, write_docvqa
 from common.packing import measure_questions
@@ -188,8 +187,7 @@ def dataset(processor):
         turn = Turn("<|image_1|>\n" + "Why? " * index, generator.choice(["a", "abcdef"]), [pictures[index // 2]])
         return Example(str(index), [turn])
 
-    encode = functools.partial(encode_questions, processor)
-    return ExampleDataset(6, make_example, encode, pictures=[0, 0, 1, 1, 2, 2])
+    return ExampleDataset(6, make_example, processor, pictures=[0, 0, 1, 1, 2, 2])
 
 
 def measured(dataset, processor, threshold=4096, epochs=3):
