@@ -18,11 +18,11 @@ from typing import Any
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_pictures, number_questions
-from common.errors import run
+from common.errors import run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import anls, anls_recipe, mean
-from common.training import free_memory, save, say, start, train
+from common.training import free_memory, save, start, train
 
 MINI = "nielsr/docvqa_1200_examples"
 FULL = "HuggingFaceM4/the_cauldron:docvqa"

@@ -18,11 +18,11 @@ from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows
-from common.errors import UserError, run
+from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean
-from common.training import free_memory, save, say, start, train
+from common.training import free_memory, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:nlvr2"
 LAYOUTS = (("images", "texts"),)

@@ -17,11 +17,11 @@ from common.cli import make_parser, parse_options
 from common.collation import Example
 from common.conversations import Conversations, check_lengths, load_conversations
 from common.data import ExampleDataset
-from common.errors import UserError, run
+from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
-from common.training import free_memory, save, say, start, train
+from common.training import free_memory, save, start, train
 
 OTHER = "(other)"  # an answer that names no class
 

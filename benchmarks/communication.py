@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from benchmarks.measuring import markdown
 from common.phi3v import Phi3VConfig
 from tools.memory import COMPUTE, Setting, count_weights, estimate, needed, peak, read_zero_configuration
-from tools.recipes import PUBLISHED
+from tools.recipes import PUBLISHED, with_tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1000)
@@ -196,17 +195,6 @@ def tables() -> dict[str, str]:
     }
 
 
-def with_tables(text: str) -> str:
-    """The page's text, what stands between `<!-- table NAME -->` and `<!-- /table -->` made anew."""
-    made = tables()
-    return re.sub(
-        r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)",
-        lambda found: f"{found[1]}\n{made[found[2]]}\n{found[3]}",
-        text,
-        flags=re.DOTALL,
-    )
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.communication", description=__doc__.partition("\n")[0])
@@ -217,7 +205,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds_lora", type=float, metavar="S", help="the same for LoRA")
     options = parser.parse_args(words)
     if options.update:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables(), PAGE), encoding="utf-8")
         return 0
     given = {name: 1e9 * getattr(options, name) for name in ("intra_node", "inter_node") if getattr(options, name)}
     machine = dataclasses.replace(MACHINES[0], **given)

@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.phi3 import modeling_phi3
 
 from common.cli import make_parser
 from common.demo import CHECKPOINT
 from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.modeling import IGNORED_LABEL
+from common.phi3v.stock import modeling_phi3
 
 STOCK_ROTATION = modeling_phi3.apply_rotary_pos_emb
 METHODS = ("full", "frozen", "lora", "qlora")

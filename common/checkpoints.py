@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -33,10 +32,10 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cli import PATHS, Precision
-from .errors import UserError, is_first_process, raise_all
+from .errors import UserError, is_first_process, raise_all, rank_and_world, say
+from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .stopping import STOPPED, Stopping
 
-INCOMPLETE = ".incomplete"  # ends the name of what is being written or deleted
 MANIFEST, RUN_RECORD, STAGES = "manifest.json", "run.json", "stages.json"
 
 # All that DeepSpeed's files hold besides tensors and plain containers; `torch.load` makes nothing else of them.
@@ -54,11 +53,6 @@ Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
 
 class NotWrittenError(OSError):
     """Something could not be written, as on a full disk, or read; raised on every process."""
-
-
-def _say(text: str) -> None:
-    if is_first_process():
-        print(text, flush=True)
 
 
 def _is_write_failure(error: Exception) -> bool:
@@ -98,36 +92,6 @@ def on_first(act: Callable[[], T]) -> T:
 # --- files and manifests
 
 
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network storage
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a small file that is whole or absent."""
-    beside = path.with_name(path.name + INCOMPLETE)
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(beside)
-    os.replace(beside, path)
-    _sync(path.parent)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is none, or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def list_files(folder: Path) -> list[str]:
     """All files in a folder and its folders, without the manifest, as paths within it."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
@@ -140,13 +104,13 @@ def fingerprints(folder: Path, names: Sequence[str], sync: bool = False) -> File
     Args:
         sync: bring each to the disk first.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
 
     def read_own() -> Files:
         own = {}
         for name in sorted(names, key=lambda name: -(folder / name).stat().st_size)[rank::world]:
             if sync:
-                _sync(folder / name)
+                sync_to_disk(folder / name)
             with open(folder / name, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 own[name] = {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -226,7 +190,7 @@ def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
         if not problems:
             return checkpoint
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        _say(f"{checkpoint} is damaged and passed over: {problems[0]}{more}")
+        say(f"{checkpoint} is damaged and passed over: {problems[0]}{more}")
     return None
 
 
@@ -252,12 +216,12 @@ def complete(written: Path, checkpoint: Path) -> None:
         write_json(written / MANIFEST, {"step": step_of(checkpoint), "files": files})
         for path in written.rglob("*"):
             if path.is_dir():
-                _sync(path)
+                sync_to_disk(path)
         replaced = checkpoint.with_name(f"{checkpoint.name}.replaced{INCOMPLETE}")
         if checkpoint.exists():  # damaged, or the run went on from an older one
             os.replace(checkpoint, replaced)
         os.replace(written, checkpoint)
-        _sync(checkpoint.parent)
+        sync_to_disk(checkpoint.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     on_first(rename)
@@ -311,7 +275,7 @@ def is_finished(folder: Path, stage: str) -> bool:
         return False
     problems = differences(folder, files)
     if problems:
-        _say(f"{stage} is done again: {problems[0]}")
+        say(f"{stage} is done again: {problems[0]}")
     return not problems
 
 
@@ -377,7 +341,7 @@ class CheckpointingTrainer(Trainer):
                 shutil.rmtree(beside, ignore_errors=True)
             kept = [path.name for path in checkpoints_in(folder)][:1] or ["no checkpoint"]
             free = shutil.disk_usage(folder).free / 1e9
-            _say(
+            say(
                 f"{name} could not be written ({error}; without it {free:.1f} GB are free): {kept[0]} is kept, and the "
                 "next is written in its time"
             )
@@ -477,7 +441,7 @@ class CheckpointingTrainer(Trainer):
         self.control.should_save |= stops
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stops:
-            _say(f"stopped after step {self.state.global_step}; the same command goes on from there")
+            say(f"stopped after step {self.state.global_step}; the same command goes on from there")
             raise SystemExit(STOPPED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

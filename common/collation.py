@@ -127,6 +127,12 @@ def collate(
     return {**batch, "labels": labels, "loss_weights": weights}
 
 
+def prefix_length(input_ids: torch.Tensor, image_token_id: int) -> int:
+    """Positions of a (seq,) row up to the last picture's last, which questions about the pictures share; 0 without."""
+    places = (input_ids == image_token_id).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
+
+
 def share_pictures(encoded: Sequence[dict[str, Any]], image_token_id: int, rope_threshold: int) -> list[dict[str, Any]]:
     """Questions about the same pictures -> documents `[prefix with the image tokens | question, answer | …]`.
 
@@ -154,8 +160,7 @@ def share_pictures(encoded: Sequence[dict[str, Any]], image_token_id: int, rope_
 
 def _share(encoded: Sequence[dict[str, Any]], image_token_id: int) -> dict[str, Any]:
     first = encoded[0]
-    image_places = (first["input_ids"] == image_token_id).nonzero()
-    length = int(image_places[-1]) + 1 if len(image_places) else 0
+    length = prefix_length(first["input_ids"], image_token_id)
     prefix = first["input_ids"][:length]
     for one in encoded:
         same_pictures = one.get("pixel_values") is first.get("pixel_values") or (

@@ -97,7 +97,7 @@ class Conversations:
         return Example(place, make_turns(self.records[index], images))
 
 
-class SizesOnly:
+class _SizesOnly:
     """In place of the image processor: (width, height) instead of pictures, token counts and no pixels."""
 
     def __init__(self, num_crops: int) -> None:
@@ -153,14 +153,18 @@ def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) ->
     _raise_first([problem for _, problem in measure_lengths(data, processor, limit) if problem])
 
 
+def counting_processor(processor: Phi3VProcessor) -> Phi3VProcessor:
+    """The same for (width, height) instead of pictures: the same tokens and no pixels."""
+    return Phi3VProcessor(_SizesOnly(processor.image_processor.num_crops), processor.tokenizer)
+
+
 def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> list[tuple[int | None, str | None]]:
     """Encode every conversation as training does, but for the pixels; no picture is opened.
 
     Returns:
         The tokens, None where it cannot be encoded, and the fault with its place, None where there is none.
     """
-    num_crops = processor.image_processor.num_crops
-    counting = Phi3VProcessor(SizesOnly(num_crops), processor.tokenizer)
+    counting, num_crops = counting_processor(processor), processor.image_processor.num_crops
     measured: list[tuple[int | None, str | None]] = []
     for index in range(len(data)):
         example = Example(data.place(index), make_turns(data.records[index], data.sizes[index]))

@@ -28,6 +28,17 @@ def is_first_process() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
+def say(text: str) -> None:
+    """Print on the first process."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process and how many are joined."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raise one `UserError` that lists every problem; nothing where there is none."""
     if not problems:

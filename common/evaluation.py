@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from tqdm import tqdm
 
-from .collation import Example, collate, encode_questions
+from .collation import Example, collate, encode_questions, prefix_length
 from .data import gather_in_order, loader_context, open_pixels, opening_images_by
-from .errors import UserError, is_first_process
+from .errors import UserError, is_first_process, rank_and_world
+from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
@@ -97,7 +95,7 @@ def generate_answers(
     Raises:
         UserError: candidates whose first tokens are the same.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
     num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
     loader = torch.utils.data.DataLoader(
@@ -186,7 +184,7 @@ def _inputs(
     ):
         inputs = padded(prompts)
         return inputs, inputs["input_ids"].shape[1]
-    lengths = [_prefix_length(processor, group[0][1]) for group in batch]
+    lengths = [prefix_length(group[0][1]["input_ids"], processor.image_token_id) for group in batch]
     prefixes = [_cut(group[0][1], slice(length)) for group, length in zip(batch, lengths, strict=True)]
     rests = [
         _cut({name: encoded[name] for name in ("input_ids", "labels")}, slice(length, None))
@@ -202,21 +200,15 @@ def _inputs(
     return {**inputs, "past_key_values": cache}, inputs["input_ids"].shape[1]
 
 
-def _prefix_length(processor: Phi3VProcessor, encoded: dict[str, Any]) -> int:
-    """Positions up to the last picture's last."""
-    places = (encoded["input_ids"] == processor.image_token_id).nonzero()
-    return int(places[-1]) + 1 if len(places) else 0
-
-
 def _can_share(model: torch.nn.Module, processor: Phi3VProcessor, max_new_tokens: int, group: Group) -> bool:
     """Whether a group's prompts have pictures and begin alike, and none gets so long that the rope's factors change.
 
     Past that threshold the model rotates all of a row's positions by other factors, those of its pictures too.
     """
-    length = _prefix_length(processor, group[0][1])
-    prefix = group[0][1]["input_ids"][:length]
+    first = group[0][1]["input_ids"]
+    length = prefix_length(first, processor.image_token_id)
     longest = max(len(encoded["input_ids"]) for _, encoded in group) + max_new_tokens
-    begin_alike = all(torch.equal(encoded["input_ids"][:length], prefix) for _, encoded in group)
+    begin_alike = all(torch.equal(encoded["input_ids"][:length], first[:length]) for _, encoded in group)
     return length > 0 and begin_alike and longest <= causal_lm_of(model).config.original_max_position_embeddings
 
 
@@ -233,16 +225,14 @@ def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
 def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
     """Write one evaluation on the first process: the totals, `num_examples` and every example.
 
-    The file is written beside and renamed, so that it is whole or absent.
+    The file is whole or absent.
     """
     if not is_first_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".tmp")
     content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **totals, "num_examples": len(examples)}
     content["examples"] = list(examples)
-    written.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(written, path)
+    write_json(path, content)
 
 
 def write_confusion(path: Path, truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[Any]:

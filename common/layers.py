@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers.models.phi3 import modeling_phi3
 
 from .phi3v import Phi3VForCausalLM
-from .phi3v.stock import enable_activation_checkpointing
+from .phi3v.stock import enable_activation_checkpointing, modeling_phi3
 
 RECOMPILE_LIMIT = 64
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .collation import Example, Turn, encode_example
-from .conversations import SizesOnly
+from .collation import Example, Turn, encode_example, prefix_length
+from .conversations import counting_processor
 from .data import ExampleDataset, ExampleKey, gather_in_order, loader_context, open_header, opening_images_by
 from .errors import UserError
 from .phi3v import Phi3VProcessor
@@ -59,7 +59,7 @@ class _Lengths(torch.utils.data.Dataset):
 
     def __init__(self, dataset: ExampleDataset, processor: Phi3VProcessor, epochs: int) -> None:
         self.dataset, self.epochs = dataset, epochs
-        self.counting = Phi3VProcessor(SizesOnly(processor.image_processor.num_crops), processor.tokenizer)
+        self.counting = counting_processor(processor)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         lengths = []
@@ -70,8 +70,7 @@ class _Lengths(torch.utils.data.Dataset):
                     Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns
                 ]
                 ids = encode_example(self.counting, Example(example.id, turns))["input_ids"]
-                places = (ids == self.counting.image_token_id).nonzero()
-                lengths.append((int(places[-1]) + 1 if len(places) else 0, len(ids)))
+                lengths.append((prefix_length(ids, self.counting.image_token_id), len(ids)))
         return max(prefix for prefix, _ in lengths), max(length for _, length in lengths)
 
 
@@ -142,7 +141,6 @@ class PackedBatchSampler:
         rank, world: this process and how many there are.
         seed: of the shuffle.
         epochs: how many the run has, begun ones included.
-        start_step: how many of the run's steps (global batches) are taken already; they are left out.
 
     Raises:
         UserError: a question that alone has more than `max_tokens`.
@@ -157,11 +155,10 @@ class PackedBatchSampler:
         world: int,
         seed: int,
         epochs: int = 1,
-        start_step: int = 0,
     ) -> None:
         self.questions, self.batch_size, self.max_tokens = questions, batch_size, max_tokens
         self.rank, self.world, self.seed, self.epochs = rank, world, seed, epochs
-        self.epoch, self.start_step = 0, start_step
+        self.epoch = 0
         alone = [questions.tokens([question]) for question in range(len(questions))]
         longest = max(range(len(questions)), key=alone.__getitem__)
         if alone[longest] > max_tokens:
@@ -186,18 +183,11 @@ class PackedBatchSampler:
             raise ValueError(f"epoch {epoch} of a sampler for {self.epochs} epochs")
         self.epoch = epoch
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches of an epoch."""
-        return -(-len(self.questions) // self.batch_size)
-
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.micro_steps
+        return -(-len(self.questions) // self.batch_size) * self.micro_steps
 
     def __iter__(self) -> Iterator[list[list[ExampleKey]]]:
-        for step, batch in enumerate(self.global_batches(self.epoch), start=self.epoch * self.steps_per_epoch):
-            if step < self.start_step:
-                continue
+        for batch in self.global_batches(self.epoch):
             num_questions = sum(map(len, batch))
             packs = self.divide(batch)
             for pack in packs[self.rank :: self.world]:

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from .cli import deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
-from .errors import UserError, is_first_process
+from .errors import UserError, is_first_process, say
 from .layers import causal_lm_of
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
@@ -148,12 +148,6 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def say(text: str) -> None:
-    """Print on the first process."""
-    if is_first_process():
-        print(text, flush=True)
-
-
 class GlobalBatchSampler:
     """The micro-batches of one process; the global batches are the same however they are divided.
 
@@ -168,33 +162,25 @@ class GlobalBatchSampler:
         at_once: examples per micro-batch and process.
         rank, world: this process and how many there are.
         seed: of the shuffle.
-        start_step: how many of the run's steps (global batches) are taken already; they are left out.
     """
 
-    def __init__(
-        self, size: int, batch_size: int, at_once: int, rank: int, world: int, seed: int, start_step: int = 0
-    ) -> None:
+    def __init__(self, size: int, batch_size: int, at_once: int, rank: int, world: int, seed: int) -> None:
         self.size, self.batch_size, self.at_once = size, batch_size, at_once
         self.rank, self.world, self.seed = rank, world, seed
-        self.epoch, self.start_step = 0, start_step
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose shuffle comes next."""
         self.epoch = epoch
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches of an epoch."""
-        return -(-self.size // self.batch_size)
-
     def __len__(self) -> int:
-        return self.steps_per_epoch * (self.batch_size // (self.at_once * self.world))
+        global_batches = -(-self.size // self.batch_size)
+        return global_batches * (self.batch_size // (self.at_once * self.world))
 
     def __iter__(self) -> Iterator[list[ExampleKey]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
-        begun = max(0, self.start_step - self.epoch * self.steps_per_epoch)
-        for start in range(begun * self.batch_size, self.size, self.batch_size):
+        for start in range(0, self.size, self.batch_size):
             own = order[start : start + self.batch_size]
             weight = self.batch_size / len(own)
             keys = [ExampleKey(index, self.epoch, weight) for index in own]

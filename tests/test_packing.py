@@ -252,20 +252,6 @@ def test_epochs_differ_and_seeds_do() -> None:
         sampler.set_epoch(2)
 
 
-@given(epochs(), st.integers(1, 20), st.integers(0, 12))
-def test_beginning_at_a_step(of: Questions, batch_size: int, start_step: int) -> None:
-    """The rest of the run is that of a run from the beginning, whichever epoch the step is in."""
-    (whole,) = samplers(of, 1, batch_size, count=3)
-    rest = PackedBatchSampler(of, batch_size, 360, 0, 1, seed=3, epochs=3, start_step=start_step)
-    runs = []
-    for sampler in (whole, rest):
-        runs.append([])
-        for epoch in range(3):
-            sampler.set_epoch(epoch)
-            runs[-1] += list(sampler)
-    assert runs[1] == runs[0][start_step * whole.micro_steps :]
-
-
 def test_question_that_is_too_long() -> None:
     of = Questions([0, 1], [300, 2000], [20, 25])
     with pytest.raises(UserError, match="--max_tokens_per_gpu 1000: example 1 alone has about 2025 tokens"):

@@ -128,19 +128,6 @@ def test_global_batches_are_the_same_however_divided():
     assert batches(1, 1) == batches(2, 1) == batches(4, 2) == batches(1, 8)
 
 
-@pytest.mark.parametrize("start_step", [0, 2, 3, 7])
-def test_beginning_at_a_step(start_step):
-    """Three steps an epoch, of two micro-batches each: the rest of the run is that of a run from the beginning."""
-    runs = []
-    for begun in (0, start_step):
-        sampler = GlobalBatchSampler(20, 8, 2, 1, 2, seed=5, start_step=begun)
-        runs.append([])
-        for epoch in range(3):
-            sampler.set_epoch(epoch)
-            runs[-1] += list(sampler)
-    assert runs[1] == runs[0][2 * start_step :]
-
-
 # The script itself
 
 

@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -420,13 +420,12 @@ def render_tables(results: Path) -> Iterator[tuple[str, str]]:
         yield machine["name"], markdown(header, rows)
 
 
-def with_tables(text: str, results: Path, path: Path) -> str:
-    """The README's text with every block between `<!-- table NAME -->` and `<!-- /table -->` made anew.
+def with_tables(text: str, tables: Mapping[str, str], path: Path) -> str:
+    """A document's text with every block between `<!-- table NAME -->` and `<!-- /table -->` made anew.
 
     Raises:
         UserError: for a table that has no block, or a block of no table.
     """
-    tables = dict(render_tables(results))
     named = re.findall(r"<!-- table (\S+) -->", text)
     if sorted(named) != sorted(tables):
         raise user_error(f"{path} has blocks for the tables {sorted(named)}; it needs one for each of {sorted(tables)}")
@@ -505,7 +504,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("\n".join(f"{name}\n\n{table}" for name, table in render_tables(options.results)), end="")
     else:
         old = options.readme.read_text(encoding="utf-8")
-        new = with_tables(old, options.results, options.readme)
+        new = with_tables(old, dict(render_tables(options.results)), options.readme)
         if options.update:
             options.readme.write_text(new, encoding="utf-8")
         elif new != old:

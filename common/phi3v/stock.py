@@ -33,6 +33,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.utils.hub import cached_file as find_file
@@ -105,5 +106,6 @@ __all__ = [
     "enable_activation_checkpointing",
     "find_file",
     "find_fused_cross_entropy",
+    "modeling_phi3",
     "register_with_auto_classes",
 ]
