@@ -368,6 +368,15 @@ def test_pictures_are_numbered_by_their_content(tmp_path):
     assert number_pictures(loaded, number_questions(loaded, each=True)) == [0, 1, 0]
 
 
+def test_pictures_are_read_once(tmp_path, monkeypatch):
+    """However often they are asked for: evaluation asks before training, in between and after."""
+    cauldron([1, 3]).to_parquet(tmp_path / "train.parquet")
+    rows = load(tmp_path)
+    first = number_pictures(rows)
+    monkeypatch.setattr("common.data._identify", lambda cell: pytest.fail("read again"))
+    assert number_pictures(rows) == first == [0, 1]
+
+
 def test_pictures_are_numbered_by_their_files_and_in_their_order():
     pairs = (("a", "b"), ("b", "a"), ("a", "b"))
     records = [

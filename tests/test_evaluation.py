@@ -135,6 +135,27 @@ def test_a_page_is_computed_once_for_its_questions(folder, batch_size, groups, w
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
 
 
+def test_prompts_of_about_the_same_length_are_answered_together(folder, one_by_one):
+    """Of five prompts in batches of two: the shortest first; the answers stand in the examples' order."""
+    model = tiny_model()
+    lengths = []
+    generate = model.generate
+    model.generate = lambda **inputs: (lengths.append(inputs["attention_mask"].sum(-1).tolist()), generate(**inputs))[1]
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    precision = Precision("fp32", torch.float32, None)
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=2, num_workers=0, precision=precision, device="cpu", tqdm=False
+    )
+    generated = generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=6)
+    assert [one.text for one in generated] == one_by_one
+    fed = [length for batch in lengths for length in batch]
+    own = [
+        len(encode_example(processor, make_example(index), with_answer=False)["input_ids"]) for index in range(COUNT)
+    ]
+    assert own != sorted(own)
+    assert fed == sorted(own)
+
+
 def test_a_page_after_other_texts_is_not_shared(folder):
     def ask(index):
         example = ask_page(index)

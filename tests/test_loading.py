@@ -13,6 +13,7 @@ from common import loading
 from common.cli import Precision
 from common.demo import CHECKPOINT
 from common.errors import UserError
+from common.layers import stacks_of
 from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
 from common.training import run_vision_without_pictures
 from tests.model_helpers import tiny_model, write_stand_in_checkpoint
@@ -147,6 +148,27 @@ def test_crops_per_call(checkpoint):
             losses.append(model(**inputs_of(processor)).loss.item())
     assert calls == [2, 1, 1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_layers_are_compiled_where_asked_for(checkpoint, compiles):
+    """Compiled, that is, once they are called: nothing is here."""
+    model, _ = load_for_training(options_for(checkpoint, torch_compile=compiles))
+    for stack in stacks_of(model):
+        assert all((layer._compiled_call_impl is not None) == compiles for layer in stack)
+
+
+@pytest.mark.parametrize(
+    ("use_liger", "torch_compile", "kernels"), [(False, False, 0), (True, False, 1), (True, True, 0)]
+)
+def test_liger_where_asked_for(checkpoint, monkeypatch, use_liger, torch_compile, kernels):
+    """The loss in any case; the layers only where torch.compile does not fuse them itself."""
+    used = []
+    monkeypatch.setattr(loading, "use_liger_kernels", used.append)
+    options = options_for(checkpoint, use_liger=use_liger, torch_compile=torch_compile)
+    model = load_model(options.model_name_or_path, options)
+    assert used == [model] * kernels
+    assert model.fuses_loss == use_liger
 
 
 @pytest.mark.parametrize("frozen", [False, True])

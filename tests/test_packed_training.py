@@ -122,7 +122,8 @@ def watched_train(model, *arguments):
     trainer = train(model, *arguments)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     found = {
-        "optimizer": type(optimizer).__name__,
+        "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+        "bits": optimizer.get_config(0, 0, optimizer.param_groups[0])["optim_bits"],
         "recomputed": [[layer.gradient_checkpointing for layer in stack] for stack in stacks_of(model)],
         "compiled": [[layer._compiled_call_impl is not None for layer in stack] for stack in stacks_of(model)],
         "crops": causal_lm_of(model).model.vision_embed_tokens.img_processor.max_crops_per_call,
@@ -150,7 +151,8 @@ def test_options_reach_what_they_change(pages, tmp_path, compiles):
     ended = run_script(script, *options, processes=0)
     assert ended.returncode == 0, ended.stdout[-4000:]
     found = json.loads(re.search("FOUND (.*)", ended.stdout)[1])
-    assert found["optimizer"] == "AdamW"  # bitsandbytes' name of it, with its state in 8 bits
+    assert found["optimizer"] == "bitsandbytes.optim.adamw.AdamW"
+    assert found["bits"] == 8
     assert found["recomputed"] == [[True, False] * (len(stack) // 2) + [True] * (len(stack) % 2) for stack in STACKS]
     assert found["compiled"] == [[compiles] * len(stack) for stack in STACKS]
     assert found["crops"] == 3
