@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import agree, baseline, cpu, evaluate, measuring, render, scaling, throughput
+from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, throughput
 from benchmarks.models import make_model, make_processor, quantize, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
 from common.demo import CHECKPOINT
@@ -474,3 +474,24 @@ def test_gpu_measurements_need_few_packages() -> None:
     code = f"import sys; {blocked}; import torch, benchmarks.agree, benchmarks.throughput, benchmarks.preprocess; "
     code += "benchmarks.throughput.Runner('tiny', 'lora', 1, torch.device('cpu'), torch.float32)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_demos_are_gathered(tmp_path: Path) -> None:
+    """The scores, the time and the largest peak, of the tasks that are there."""
+    written = {
+        "output/eval_before.json": {"anls": 0.1, "num_examples": 7, "time": "2026-01-02T03:04:05+0000"},
+        "output/eval_after.json": {"anls": 0.9, "num_examples": 7, "time": "2026-01-02T03:04:05+0000"},
+        "output_shuffled/eval_only.json": {"anls": 0.05, "num_examples": 7, "time": "2026-01-02T03:04:05+0000"},
+    }
+    for name, content in written.items():
+        file = tmp_path / "runs" / "docvqa" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    log = [{"step": 1, "memory_peak_gb": 1.5}, {"step": 2, "memory_peak_gb": 1.4}, {"step": 2, "train_runtime": 90.0}]
+    file = tmp_path / "runs" / "docvqa" / "output" / "train_log.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in log))
+    demos.main([str(tmp_path / "runs"), "--output", str(tmp_path / "demos.json")])
+    found = json.loads((tmp_path / "demos.json").read_text())["demos"]
+    assert list(found) == ["docvqa"]
+    row = demos.table(found).splitlines()[-1]
+    assert row == "| DocVQA | ANLS | 0.100 | 0.900 | 0.050 | 1.5 minutes | 1.5 GB |"

@@ -21,6 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import demos
+from benchmarks.measuring import RESULTS
+from common import demo
 from common.cli import make_parser
 from common.conversations import load_conversations
 from common.demo import CHECKPOINT
@@ -127,6 +130,12 @@ def test_every_link_within_the_repository_leads_somewhere():
                 assert link[1:] in anchors, f"{name}: {link}"
             elif not link.startswith("https://"):
                 assert ((REPOSITORY / name).parent / link).exists() or (REPOSITORY / "docs" / link).exists(), link
+
+
+def test_the_demos_figures_are_those_measured():
+    measured = json.loads((RESULTS / "demos.json").read_text())["demos"]
+    assert set(measured) == set(demos.TASKS) == set(demo.WRITERS)
+    assert demos.table(measured) in TEXTS["README.md"]
 
 
 def test_every_option_named_exists():
