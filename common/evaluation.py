@@ -148,24 +148,23 @@ def _deal(pictures: Sequence[int], most: int) -> list[list[int]]:
 def _batches(groups: Iterable[Group], most: int) -> Iterator[list[Group]]:
     """Groups of about the same length together, with at most `most` examples; sorted within a stretch of them."""
     stretch: list[Group] = []
-
-    def cut() -> Iterator[list[Group]]:
-        stretch.sort(key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group))
-        batch: list[Group] = []
-        for group in stretch:
-            if sum(map(len, batch)) + len(group) > most:
-                yield batch
-                batch = []
-            batch.append(group)
-        if batch:
-            yield batch
-        stretch.clear()
-
     for group in groups:
         stretch.append(group)
         if sum(map(len, stretch)) >= LOOK_AHEAD * most:
-            yield from cut()
-    yield from cut()
+            yield from _sorted_batches(stretch, most)
+            stretch = []
+    yield from _sorted_batches(stretch, most)
+
+
+def _sorted_batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
+    batch: list[Group] = []
+    for group in sorted(groups, key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group)):
+        if sum(map(len, batch)) + len(group) > most:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
 
 
 def _inputs(

@@ -198,9 +198,7 @@ def measured(dataset, processor, threshold=4096, epochs=3):
 
 def test_tokens_are_counted_without_pixels(processor, dataset, monkeypatch):
     """As encoding in full gives them, the longest answer of the epochs counted."""
-    ids = [
-        [dataset.encode([dataset.example(index, epoch)])[0]["input_ids"] for epoch in range(3)] for index in range(6)
-    ]
+    ids = [[dataset[ExampleKey(index, epoch, 1.0)]["input_ids"] for epoch in range(3)] for index in range(6)]
     longest = [max(map(len, each)) for each in ids]
     assert longest != [len(each[0]) for each in ids]
     prefixes = [int((each[0] == processor.image_token_id).nonzero()[-1]) + 1 for each in ids]
