@@ -26,7 +26,7 @@ from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import auroc, exact_match, mean, strip_answer
-from common.training import free_memory, save, start, train
+from common.training import is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:hateful_memes"
 LAYOUTS = (("images", "texts"),)
@@ -120,26 +120,26 @@ def main() -> None:
     options = parse()
     check_checkpoint(options)
     train_rows, eval_rows = load_data(options)
-    arguments = start(options)
+    arguments = start(options, train_rows, eval_rows)
     processor = load_processor(options)
+    examples = functools.partial(make_example, train_rows)
+    dataset = None if options.eval_only else ExampleDataset(len(train_rows), examples, processor, options.seed)
     model = load_model(options.model_name_or_path, options)
 
-    before = evaluate(model, processor, eval_rows, options, "eval_only" if options.eval_only else "eval_before")
+    before = once(evaluate, model, processor, eval_rows, options, "eval_before")
     if options.eval_only:
         say(in_words(before))
         return
     say(f"before training: {in_words(before)}")
 
-    model = prepare_for_training(model, processor, options)
-    dataset = ExampleDataset(len(train_rows), functools.partial(make_example, train_rows), processor, options.seed)
-    evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
-    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
-    save(trainer, processor, options.output_dir)
-    del model, evaluate_now
-    free_memory(trainer)
+    if not is_saved(options):  # a run that goes on may have come that far
+        model = prepare_for_training(model, processor, options)
+        trainer = train(model, processor, dataset, arguments, options, evaluate, eval_rows)
+        save(trainer, options)
+    del model
 
     model = load_model(options.output_dir, options)
-    after = evaluate(model, processor, eval_rows, options, "eval_after")
+    after = once(evaluate, model, processor, eval_rows, options, "eval_after")
     say(f"after training:  {in_words(after)}")
     say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
 

@@ -22,7 +22,7 @@ from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean
-from common.training import free_memory, save, start, train
+from common.training import is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:nlvr2"
 LAYOUTS = (("images", "texts"),)
@@ -94,6 +94,13 @@ def make_example(rows: Rows, numbers: list, index: int, generator: random.Random
     return Example(place, [first, *(Turn(text["user"], text["assistant"]) for text in texts[1:])])
 
 
+def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
+    numbers = data.number_questions(rows, each=options.separate_questions or options.share_images)
+    pictures = data.number_pictures(rows, numbers) if options.share_images else None
+    examples = functools.partial(make_example, rows, numbers)
+    return ExampleDataset(len(numbers), examples, processor, options.seed, pictures)
+
+
 # --- metric
 
 
@@ -118,29 +125,25 @@ def main() -> None:
     options = parse()
     check_checkpoint(options)
     train_rows, eval_rows = load_data(options)
-    arguments = start(options)
+    arguments = start(options, train_rows, eval_rows)
     processor = load_processor(options)
+    dataset = None if options.eval_only else training_set(train_rows, processor, options)
     model = load_model(options.model_name_or_path, options)
 
-    before = evaluate(model, processor, eval_rows, options, "eval_only" if options.eval_only else "eval_before")
+    before = once(evaluate, model, processor, eval_rows, options, "eval_before")
     if options.eval_only:
         say(f"accuracy {before['accuracy']:.4f}")
         return
     say(f"before training: accuracy {before['accuracy']:.4f}")
 
-    model = prepare_for_training(model, processor, options)
-    numbers = data.number_questions(train_rows, each=options.separate_questions or options.share_images)
-    pictures = data.number_pictures(train_rows, numbers) if options.share_images else None
-    examples = functools.partial(make_example, train_rows, numbers)
-    dataset = ExampleDataset(len(numbers), examples, processor, options.seed, pictures)
-    evaluate_now = functools.partial(evaluate, model, processor, eval_rows, options)
-    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
-    save(trainer, processor, options.output_dir)
-    del model, evaluate_now
-    free_memory(trainer)
+    if not is_saved(options):  # a run that goes on may have come that far
+        model = prepare_for_training(model, processor, options)
+        trainer = train(model, processor, dataset, arguments, options, evaluate, eval_rows)
+        save(trainer, options)
+    del model
 
     model = load_model(options.output_dir, options)
-    after = evaluate(model, processor, eval_rows, options, "eval_after")
+    after = once(evaluate, model, processor, eval_rows, options, "eval_after")
     say(f"after training:  accuracy {after['accuracy']:.4f}")
     say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
 

@@ -21,7 +21,7 @@ from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
-from common.training import free_memory, save, start, train
+from common.training import is_saved, once, save, start, train
 
 OTHER = "(other)"  # an answer that names no class
 
@@ -95,30 +95,28 @@ def main() -> None:
     options = parse()
     check_checkpoint(options)
     train_data, eval_data, classes = load_data(options)
-    arguments = start(options)
+    arguments = start(options, train_data, eval_data)
     processor = load_processor(options)
+    examples = functools.partial(make_example, train_data)
+    dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
     model = load_model(options.model_name_or_path, options)
     for data in filter(None, (eval_data, train_data)):
         check_lengths(data, processor, model.config.max_position_embeddings)
 
-    before = evaluate(
-        model, processor, eval_data, classes, options, "eval_only" if options.eval_only else "eval_before"
-    )
+    before = once(evaluate, model, processor, eval_data, classes, options, "eval_before")
     if options.eval_only:
         say(f"accuracy {before['accuracy']:.4f}")
         return
     say(f"before training: accuracy {before['accuracy']:.4f}")
 
-    model = prepare_for_training(model, processor, options)
-    dataset = ExampleDataset(len(train_data), functools.partial(make_example, train_data), processor, options.seed)
-    evaluate_now = functools.partial(evaluate, model, processor, eval_data, classes, options)
-    trainer = train(model, processor, dataset, arguments, options, evaluate_now)
-    save(trainer, processor, options.output_dir)
-    del model, evaluate_now
-    free_memory(trainer)
+    if not is_saved(options):  # a run that goes on may have come that far
+        model = prepare_for_training(model, processor, options)
+        trainer = train(model, processor, dataset, arguments, options, evaluate, eval_data, classes)
+        save(trainer, options)
+    del model
 
     model = load_model(options.output_dir, options)
-    after = evaluate(model, processor, eval_data, classes, options, "eval_after")
+    after = once(evaluate, model, processor, eval_data, classes, options, "eval_after")
     say(f"after training:  accuracy {after['accuracy']:.4f}")
     say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
 

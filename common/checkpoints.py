@@ -31,12 +31,12 @@ from transformers import Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .cli import PATHS, Precision
+from .cli import PATHS, RUN_RECORD, Precision
 from .errors import UserError, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .stopping import STOPPED, Stopping
 
-MANIFEST, RUN_RECORD, STAGES = "manifest.json", "run.json", "stages.json"
+MANIFEST, STAGES = "manifest.json", "stages.json"
 
 # All that DeepSpeed's files hold besides tensors and plain containers; `torch.load` makes nothing else of them.
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -44,6 +44,7 @@ DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addr
 # Options that change neither the weights nor what is measured: they may differ when a run is resumed.
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
+FREE_OPTIONS |= {"eval_steps", "timeout_minutes"}
 # How a global batch is divided: free for adapters; DeepSpeed's state is divided over the processes itself.
 DIVISION_OPTIONS = {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 
@@ -243,13 +244,18 @@ def record_of(options: argparse.Namespace, **facts: Any) -> dict[str, Any]:
     return record
 
 
-def check_same_run(folder: Path, record: Mapping[str, Any]) -> None:
+def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = True) -> None:
     """Compare with the record in an output folder, or write it where there is none (together).
+
+    Args:
+        may_begin: whether there may be none.
 
     Raises:
         UserError: listing every difference, with both values.
     """
     stored = on_first(lambda: read_json(folder / RUN_RECORD))
+    if stored is None and not may_begin:
+        raise UserError(f"{folder} has no {RUN_RECORD}: give a checkpoint in the output folder of a run")
     if stored is None:
         on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
         return
@@ -257,13 +263,14 @@ def check_same_run(folder: Path, record: Mapping[str, Any]) -> None:
     different = [f"{name} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine]
     if different:
         raise UserError(
-            f"--output_dir {folder} holds a run with other options: {'; '.join(different)}. Give its own to go on with "
-            "it, or another --output_dir"
+            f"{folder} holds a run with other options: {'; '.join(different)}. Give its own to go on with it, or "
+            "another --output_dir, or --overwrite"
         )
 
 
 def finish_stage(folder: Path, stage: str, names: Sequence[str]) -> None:
-    """Write down that a stage of the run is finished, and what it has written (together)."""
+    """Write down that a stage of the run is finished, and what the first process has written for it (together)."""
+    on_first(lambda: None)
     files = fingerprints(folder, names, sync=True)
     on_first(lambda: write_json(folder / STAGES, {**(read_json(folder / STAGES) or {}), stage: files}))
 
@@ -277,6 +284,16 @@ def is_finished(folder: Path, stage: str) -> bool:
     if problems:
         say(f"{stage} is done again: {problems[0]}")
     return not problems
+
+
+def forget_stages(folder: Path, *names: str) -> None:
+    """Let stages be done again (together)."""
+
+    def forget() -> None:
+        stages = read_json(folder / STAGES) or {}
+        write_json(folder / STAGES, {name: files for name, files in stages.items() if name not in names})
+
+    on_first(forget)
 
 
 # --- the Trainer
@@ -436,9 +453,12 @@ class CheckpointingTrainer(Trainer):
     # every step
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """At the end of a step: leave with a checkpoint when a process was told to stop."""
+        """At the end of a step: leave with a checkpoint when a process was told to stop.
+
+        The Trainer would write one at the end of the last step too, just before the model is saved.
+        """
         stops = self.stopping.agreed(self.args.device)
-        self.control.should_save |= stops
+        self.control.should_save = stops or self.state.global_step % self.args.save_steps == 0
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stops:
             say(f"stopped after step {self.state.global_step}; the same command goes on from there")

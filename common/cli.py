@@ -35,12 +35,13 @@ PART_LEARNING_RATES = ("vision_learning_rate", "projector_learning_rate")
 
 # Options that name a hub id or a path, and those that name a path only.
 SOURCES = ("data_dir", "train_data", "eval_data", "model_name_or_path")
-PATHS = (*SOURCES, "output_dir", "deepspeed")
+PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 
-# What a run leaves in its output folder; one of them there means that another run has used it.
+# What a run leaves in its output folder; one of them there means that a run has used it.
+RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
 RUN_FILES = (
-    *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
-    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json"),
+    *(RUN_RECORD, "stages.json", "eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
 )
 
 
@@ -122,6 +123,18 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     training.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of data order, draws and adapters (%(default)s)"
     )
+    checkpoints = parser.add_argument_group("checkpoints and resuming (docs/reliability.md)")
+    checkpoints.add_argument(
+        "--save_steps", type=int, default=100, metavar="N", help="steps between two checkpoints (%(default)s)"
+    )
+    checkpoints.add_argument(
+        "--save_total_limit", type=int, default=2, metavar="N", help="checkpoints that are kept (%(default)s)"
+    )
+    checkpoints.add_argument(
+        "--resume", default="auto", metavar="HOW", help="auto: from the newest whole checkpoint; never; its folder"
+    )
+    checkpoints.add_argument("--overwrite", action="store_true", help="begin anew in an --output_dir that holds a run")
+    checkpoints.add_argument("--dry_run", action="store_true", help="check everything, take one step, write nothing")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
     evaluation.add_argument("--eval_steps", type=int, metavar="N", help="also evaluate every so many steps")
@@ -168,11 +181,16 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         "--projector_learning_rate", type=float, metavar="X", help="the projection's and separators' peak"
     )
     rare.add_argument("--deepspeed", metavar="JSON", help=f"configuration of full fine-tuning ({DEEPSPEED})")
-    rare.add_argument("--overwrite", action="store_true", help="use an --output_dir that holds another run")
     rare.add_argument(
         "--eval_batch_size_per_gpu", type=int, default=4, metavar="N", help="prompts generated at once (%(default)s)"
     )
     rare.add_argument("--num_workers", type=int, default=4, metavar="N", help="loader processes per GPU (%(default)s)")
+    rare.add_argument(
+        "--grace_seconds", type=float, default=25, metavar="X", help="to end after SIGTERM or SIGUSR1 (%(default)s)"
+    )
+    rare.add_argument(
+        "--timeout_minutes", type=float, default=10, metavar="X", help="for other processes to answer (%(default)s)"
+    )
     rare.add_argument(
         "--logging_steps", type=int, default=10, metavar="N", help="steps between two lines of the log (%(default)s)"
     )
@@ -218,6 +236,9 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
     options.attention = choose_attention(options)
     if options.use_liger is None:
         options.use_liger = options.device == "cuda" and liger_is_installed()
+    if options.dry_run:  # a batch to evaluate, a step to train
+        at_once = options.num_processes * options.eval_batch_size_per_gpu
+        options.eval_limit, options.max_steps, options.eval_steps = min(options.eval_limit or at_once, at_once), 1, None
     if options.optim is None:
         options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     return options
@@ -266,6 +287,7 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
     at_least_one = ("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps")
     at_least_one += ("max_tokens_per_gpu", "max_crops_per_call", "eval_batch_size_per_gpu")
+    at_least_one += ("save_steps", "save_total_limit")
     for name in (*at_least_one, "max_steps", "eval_steps", "eval_limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -273,10 +295,12 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
     for name in ("warmup_steps", "wd", "num_workers", "seed"):
         if not 0 <= getattr(options, name) < float("inf"):
             problems.append(f"--{name} {getattr(options, name)}: it must not be negative")
-    for name in ("learning_rate", "lora_alpha_ratio", *PART_LEARNING_RATES):
+    for name in ("learning_rate", "lora_alpha_ratio", "grace_seconds", "timeout_minutes", *PART_LEARNING_RATES):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"--{name} {value}: it must be above 0")
+    if options.dry_run and options.eval_only:
+        problems.append("--dry_run tries out training, and --eval_only leaves it out: leave one of them out")
     if options.freeze_vision_model:
         given = [f"--{name}" for name in PART_LEARNING_RATES if getattr(options, name) is not None]
         problems += [f"{name} is of what --freeze_vision_model does not train: leave one of them out" for name in given]
@@ -398,11 +422,19 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
         return []
     if folder.resolve() == Path(options.model_name_or_path).resolve():
         return [f"--output_dir {folder} is the checkpoint that training starts from: choose another"]
+    if options.resume not in ("auto", "never"):
+        if options.overwrite:
+            return [f"--resume {options.resume} goes on with a run, and --overwrite begins anew: leave one of them out"]
+        if not Path(options.resume).is_dir():
+            return [f"--resume {options.resume}: it is auto, never, or the folder of a checkpoint, and there is none"]
     # Only the first process looks: by the time another one does, the run itself may have begun to write.
     if is_first_process() and not options.overwrite:
         found = [file.name for file in files_of_run(folder)]
-        if found:
-            return [f"--output_dir {folder} holds another run ({', '.join(found)}): choose another, or add --overwrite"]
+        if found and (options.resume == "never" or RUN_RECORD not in found):
+            return [
+                f"--output_dir {folder} holds a run ({', '.join(found)}) that is not gone on with: "
+                "choose another, or add --overwrite"
+            ]
     return []
 
 

@@ -20,6 +20,7 @@ from .errors import UserError
 from .phi3v import Phi3VProcessor
 from .phi3v.masks import SHARED
 from .phi3v.modeling import IGNORED_LABEL
+from .phi3v.processing import IMAGE_TOKEN
 
 # What follows every answer in the published recipe; generation stops at the first of the two.
 ANSWER_END = "<|end|>\n<|endoftext|>"
@@ -60,12 +61,14 @@ def encode_example(processor: Phi3VProcessor, example: Example, with_answer: boo
         `image_sizes` (images, 2).
 
     Raises:
-        UserError: tags that do not match the pictures, a picture that cannot be processed, an answer
-            without tokens, each with the example's id.
+        UserError: a question or an answer that is no text, or holds `<|image|>`; tags that do not match the
+            pictures; a picture that cannot be processed, or whose pixels are not finite; an answer of nothing
+            but white space; each with the example's id.
     """
     ids, labels, pixels, sizes = [], [], [], []
     num_images = 0
     for position, turn in enumerate(example.turns):
+        _check_texts(turn, example.id)
         text = processor.apply_chat_template([{"role": "user", "content": turn.user}], add_generation_prompt=True)
         try:
             prompt = processor.encode(text, turn.images, first_tag=num_images + 1)
@@ -75,6 +78,8 @@ def encode_example(processor: Phi3VProcessor, example: Example, with_answer: boo
         ids.append(prompt["input_ids"])
         labels.append(torch.full_like(prompt["input_ids"], IGNORED_LABEL))
         if turn.images:
+            if not prompt["pixel_values"].sum().isfinite():  # which it is where all of them are
+                raise UserError(f"{example.id}: a picture has pixels that are not finite after processing")
             pixels.append(prompt["pixel_values"])
             sizes.append(prompt["image_sizes"])
         if with_answer or position + 1 < len(example.turns):
@@ -91,6 +96,14 @@ def encode_example(processor: Phi3VProcessor, example: Example, with_answer: boo
             for name, parts in (("pixel_values", pixels), ("image_sizes", sizes))
         }
     return encoded
+
+
+def _check_texts(turn: Turn, place: str) -> None:
+    for name, text in (("question", turn.user), ("answer", turn.assistant)):
+        if not isinstance(text, str):
+            raise UserError(f"{place}: the {name} is {type(text).__name__}, not a text")
+        if IMAGE_TOKEN in text:
+            raise UserError(f"{place}: the {name} holds {IMAGE_TOKEN}, which stands for a picture: take it out")
 
 
 def encode_questions(
@@ -117,14 +130,20 @@ def collate(
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (batch, seq), `loss_weights` (batch,), and where any
-        example has pictures `pixel_values` (crops, 3, 336, 336) and `image_sizes` (images, 2).
+        example has pictures `pixel_values` (crops, 3, 336, 336) and `image_sizes` (images, 2);
+        `problems`, a list, where fillers take the places of bad examples.
     """
     batch = dict(processor.pad(encoded, padding_side))
     labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
     # the mask is made from the lengths, so it says where each row's own positions are
     labels[batch["attention_mask"].bool()] = torch.cat([one["labels"] for one in encoded])
     weights = torch.tensor([one.get("loss_weight", 1.0) for one in encoded], dtype=torch.float32)
-    return {**batch, "labels": labels, "loss_weights": weights}
+    return {**batch, "labels": labels, "loss_weights": weights, **_problems(encoded)}
+
+
+def _problems(encoded: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    problems = [one["problem"] for one in encoded if "problem" in one]
+    return {"problems": problems} if problems else {}
 
 
 def prefix_length(input_ids: torch.Tensor, image_token_id: int) -> int:
@@ -147,15 +166,17 @@ def share_pictures(encoded: Sequence[dict[str, Any]], image_token_id: int, rope_
         rope_threshold: the checkpoint's `original_max_position_embeddings`.
 
     Returns:
-        Documents for `pack`, in the order of their first questions.
+        Documents for `pack`, in the order of their first questions; fillers of bad examples come last, each alone.
 
     Raises:
         ValueError: pictures or texts before the last image token that are not the same, or labels there.
     """
     sides: dict[bool, list[dict[str, Any]]] = {}
     for one in encoded:
-        sides.setdefault(len(one["input_ids"]) > rope_threshold, []).append(one)
-    return [_share(side, image_token_id) if len(side) > 1 else side[0] for side in sides.values()]
+        if "problem" not in one:
+            sides.setdefault(len(one["input_ids"]) > rope_threshold, []).append(one)
+    documents = [_share(side, image_token_id) if len(side) > 1 else side[0] for side in sides.values()]
+    return documents + [one for one in encoded if "problem" in one]
 
 
 def _share(encoded: Sequence[dict[str, Any]], image_token_id: int) -> dict[str, Any]:
@@ -195,7 +216,7 @@ def pack(documents: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     Returns:
         `input_ids`, `labels`, `position_ids`, `branch_ids` (1, seq) as `common/phi3v/masks.py`
         describes them, `loss_weights` (examples,), and where any document has pictures `pixel_values`
-        (crops, 3, 336, 336) and `image_sizes` (images, 2).
+        (crops, 3, 336, 336) and `image_sizes` (images, 2); `problems` as in `collate`.
 
     Raises:
         ValueError: a document whose first token is labelled: nothing stands before it to predict it from.
@@ -220,4 +241,4 @@ def pack(documents: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         parts = [one[name] for one in documents if name in one]
         if parts:
             batch[name] = torch.cat(parts)
-    return batch
+    return batch | _problems(documents)

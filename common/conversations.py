@@ -13,18 +13,16 @@ runs the same functions and decodes every picture.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
 from .collation import Example, Turn, encode_example
-from .data import decode_image, one_line, path_inside
+from .data import decode_image, one_line, open_header, parse_line, path_inside, readable
 from .errors import UserError, raise_all
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import CROP, plan_layout
@@ -85,6 +83,10 @@ class Conversations:
         """The first `count` conversations; all of them where it is None."""
         return Conversations(self.path, self.image_dir, self.lines[:count], self.records[:count], self.sizes[:count])
 
+    def without_images(self) -> Iterator[dict[str, Any]]:
+        """The lines' dictionaries one after another, which name their images."""
+        return iter(self.records)
+
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe."""
         place = self.place(index)
@@ -93,7 +95,7 @@ class Conversations:
             for turn in self.records[index]["conversations"]
             for name in turn.get("images", ())
         ]
-        images = [decode_image({"path": str(file)}, f"{place}, {file}") for file in files]
+        images = [decode_image({"path": str(file)}, f"{place}, {readable(file)}") for file in files]
         return Example(place, make_turns(self.records[index], images))
 
 
@@ -217,17 +219,6 @@ def read_lines(path: Path, image_dir: Path) -> list[Line]:
     return lines
 
 
-def parse_line(text: bytes) -> tuple[dict[str, Any] | None, str]:
-    """A line's dictionary, or None and what is wrong."""
-    try:
-        record = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        return None, f"no JSON in UTF-8 ({one_line(error)})"
-    if not isinstance(record, dict):
-        return None, f"{type(record).__name__} instead of a dictionary"
-    return record, ""
-
-
 def _check_record(record: dict[str, Any], image_dir: Path) -> tuple[list[str], list[Picture]]:
     """What is wrong with one line's dictionary, and the pictures it names."""
     problems, pictures = [], []
@@ -249,8 +240,6 @@ def _check_record(record: dict[str, Any], image_dir: Path) -> tuple[list[str], l
                 pictures.append(Picture(number, path_inside(image_dir, name, f"turn {number}")))
             except UserError as error:
                 problems.append(str(error))
-            except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a ring of links
-                problems.append(f"turn {number}: {name!r} is no path ({one_line(error)})")
     return problems, pictures
 
 
@@ -266,10 +255,6 @@ def _check_turn(turn: dict[str, Any]) -> list[str]:
                 f"{field} holds {found[0]}, which is no text to the model (the tags of images and the end of a "
                 "turn are put there in training): take it out"
             )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            problems.append(f"{field} holds half a character, {text[error.start : error.end]!a}")
     if _names(turn) is None:
         problems.append("images must be a list of paths")
     unknown = [name for name in turn if name not in TURN_FIELDS]  # a misspelt `images` would train without pictures
@@ -293,15 +278,16 @@ def measure_image(file: Path, decode: bool = False) -> Size | str:
     Args:
         decode: read all of it, as training will; else its header.
     """
+    name = readable(file)
     try:
         if not file.is_file():
-            return f"{file}: there is no such file"
+            return f"{name}: there is no such file"
         if decode:
-            return decode_image({"path": str(file)}, str(file)).convert("RGB").size
-        with Image.open(file) as image:
+            return decode_image({"path": str(file)}, name).convert("RGB").size
+        with open_header(None, str(file)) as image:
             return image.size
     except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
-        return f"{file}: the image cannot be {'decoded' if decode else 'opened'}: {one_line(error.__cause__ or error)}"
+        return f"{name}: the image cannot be {'decoded' if decode else 'opened'}: {one_line(error.__cause__ or error)}"
 
 
 def find_problems(line: Line, sizes: Mapping[Path, Size | str]) -> list[str]:

@@ -13,17 +13,20 @@ import io
 import json
 import os
 import random
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import datasets
 import pyarrow.parquet as parquet
 import torch
 import torch.distributed as dist
-from PIL import Image, UnidentifiedImageError
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 
 from .collation import Example, encode_questions
 from .errors import UserError, is_first_process
@@ -31,21 +34,41 @@ from .phi3v import Phi3VProcessor
 
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as JSON writes it
+MAX_NAME = 255  # bytes in a part of a path, on every common file system
+
+# What PIL warns of, `open_header` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split of one data set, its images undecoded."""
+    """One split of one data set, its images undecoded.
+
+    Attributes:
+        folders: where pictures may lie that are files of their own.
+    """
 
     source: str
     split: str
     table: datasets.Dataset
+    folders: tuple[Path, ...]
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table[index]
+        """A row.
+
+        Raises:
+            UserError: a picture's path that leaves the folders.
+        """
+        row = self.table[index]
+        cells = [row.get("image"), *(row.get("images") or ())]
+        for cell in cells:
+            if isinstance(cell, dict) and cell.get("bytes") is None and isinstance(cell.get("path"), str):
+                cell["path"] = str(path_inside_one(self.folders, cell["path"], self.place(index)))
+        return row
 
     @property
     def columns(self) -> set[str]:
@@ -77,7 +100,7 @@ class Rows:
 
     def select(self, indices: Iterable[int]) -> Rows:
         """Some of the rows, in the order given."""
-        return Rows(self.source, self.split, self.table.select(list(indices)))
+        return replace(self, table=self.table.select(list(indices)))
 
 
 def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option: str) -> Rows:
@@ -96,7 +119,8 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
             cannot be reached, columns of no known layout, no rows.
     """
     path = Path(source).expanduser()
-    table = _load_local(path, split, option) if path.exists() else _load_from_hub(source, split, option)
+    is_local = path.exists()
+    table = _load_local(path, split, option) if is_local else _load_from_hub(source, split, option)
     if not any(set(layout) <= set(table.column_names) for layout in layouts):
         known = "; ".join("+".join(layout) for layout in layouts)
         raise UserError(
@@ -104,7 +128,10 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
         )
     if len(table) == 0:
         raise UserError(f"{source}, split {split}, is empty: give {option} a data set with rows")
-    return Rows(source, split, _leave_images_encoded(table))
+    # a hub's data set that is a folder of pictures lies in the hub's cache, its archives in that of `datasets`
+    here = path if path.is_dir() else path.parent
+    folders = (here,) if is_local else (Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))
+    return Rows(source, split, _leave_images_encoded(table), folders)
 
 
 def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
@@ -182,7 +209,14 @@ def _load_split(name: str, configuration: str | None, split: str) -> datasets.Da
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """What an error says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def readable(name: str | Path) -> str:
+    """A name from the data for messages: escaped where a terminal would not show it as it is."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
 
 
 def _leave_images_encoded(table: datasets.Dataset) -> datasets.Dataset:
@@ -196,15 +230,33 @@ def _leave_images_encoded(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def open_header(content: bytes | None, path: str | None) -> Image.Image:
-    """A picture whose size is known and whose pixels are not read yet."""
-    return Image.open(io.BytesIO(content) if content is not None else path)
+    """A picture whose size is known and whose pixels are not read yet.
+
+    Raises:
+        DecompressionBombError: for more pixels than PIL's limit, above which PIL itself only warns.
+        ValueError: for PostScript, which PIL would have Ghostscript run.
+        Exception: of nearly any kind, from the decoder of a broken file's format.
+    """
+    image = Image.open(io.BytesIO(content) if content is not None else path)
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, a program and no picture: convert it to PNG")
+    return _within_limit(image)
+
+
+def _within_limit(image: Image.Image) -> Image.Image:
+    pixels = image.width * image.height
+    if pixels > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(
+            f"it has {image.width}x{image.height} = {pixels} pixels, the limit is {Image.MAX_IMAGE_PIXELS}: scale it down"
+        )
+    return image
 
 
 def open_pixels(content: bytes | None, path: str | None) -> Image.Image:
-    """A picture, decoded."""
+    """A picture, decoded; errors as of `open_header`."""
     image = open_header(content, path)
     image.load()
-    return image
+    return _within_limit(image)  # some formats hold a picture of another size than they say
 
 
 _opener: ContextVar[Callable[[bytes | None, str | None], Image.Image]] = ContextVar("opener", default=open_pixels)
@@ -236,14 +288,17 @@ def decode_image(cell: Any, place: str) -> Image.Image:
     """
     if isinstance(cell, Image.Image):
         return cell
-    content = (cell or {}).get("bytes")
-    path = (cell or {}).get("path")
+    cell = {} if cell is None else cell
+    if not isinstance(cell, dict):
+        raise UserError(f"{place}: there is no image but {type(cell).__name__}")
+    content, path = cell.get("bytes"), cell.get("path")
     if content is None and path is None:
         raise UserError(f"{place}: there is no image")
     try:
         return _opener.get()(content, None if content is not None else path)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        which = f" ({len(content)} bytes)" if content is not None else "" if str(path) in place else f" {path}"
+    except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
+        size = f" ({len(content)} bytes)" if isinstance(content, bytes) else ""
+        which = size if content is not None or readable(path) in place else f" {readable(path)}"
         raise UserError(f"{place}: the image{which} cannot be decoded: {one_line(error)}") from error
 
 
@@ -261,6 +316,20 @@ def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[
         questions = questions_of(row)
         if not questions or not all(accepted and all(accepted) for _, accepted in questions):
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
+
+
+def fingerprint(rows: Any) -> str | None:
+    """How many rows there are and a digest of all but their pictures' pixels, by which a data set is known again.
+
+    Args:
+        rows: with `without_images()`, as `Rows` and `Conversations` have it; or None.
+    """
+    if rows is None:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for record in rows.without_images():
+        digest.update(repr(sorted(record.items())).encode("utf-8", "surrogatepass"))
+    return f"{len(rows)} rows, {digest.hexdigest()}"
 
 
 def split_off_first(rows: Rows, count: int) -> tuple[Rows, Rows]:
@@ -300,11 +369,46 @@ def _identify(cell: dict[str, Any] | None) -> bytes | str | None:
     return (cell or {}).get("path") if content is None else hashlib.blake2b(content, digest_size=16).digest()
 
 
+def parse_line(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """A line's dictionary, or None and what is wrong.
+
+    Python's reader also takes NaN and Infinity, halves of characters, and of a field given twice the last one; all
+    of these are refused. A byte order mark, as some editors put before the first line, is no part of it.
+    """
+    try:
+        text = line.decode("utf-8-sig")
+        record = json.loads(text, parse_constant=_refuse_number, object_pairs_hook=_fields_once)
+        if HALF_CHARACTER.search(text):  # two halves may have made a whole
+            json.dumps(record, ensure_ascii=False).encode()
+    except UserError as error:
+        return None, str(error)
+    except UnicodeEncodeError as error:
+        return None, f"half a character, {error.object[error.start : error.end]!a}"
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return None, f"no JSON in UTF-8 ({one_line(error)})"
+    if not isinstance(record, dict):
+        return None, f"{type(record).__name__} instead of a dictionary"
+    return record, ""
+
+
+def _refuse_number(name: str) -> NoReturn:
+    raise UserError(f"{name} is no number in JSON: write null, or leave the field out")
+
+
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in fields if names.count(name) > 1)
+        raise UserError(f"the field {twice!r} stands twice in one dictionary")
+    return fields
+
+
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The dictionaries of a file with one JSON value per line, with their line numbers; empty lines are passed over.
 
     Raises:
-        UserError: no such file, or a line that is no JSON dictionary in UTF-8, with file and line.
+        UserError: no such file, or a line that `parse_line` refuses, with file and line.
     """
     records = []
     try:
@@ -312,12 +416,9 @@ def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                    raise UserError(f"{path}, line {number}: no JSON in UTF-8 ({one_line(error)})") from error
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: {type(record).__name__} instead of a dictionary")
+                record, problem = parse_line(line)
+                if record is None:
+                    raise UserError(f"{path}, line {number}: {problem}")
                 records.append((number, record))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -332,7 +433,7 @@ def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) 
     """
     if not records:
         raise UserError(f"{source}, split {split}, is empty")
-    return Rows(source, split, datasets.Dataset.from_list(list(records)))
+    return Rows(source, split, datasets.Dataset.from_list(list(records)), (Path(source),))
 
 
 def path_inside(folder: Path, name: str, place: str) -> Path:
@@ -341,11 +442,23 @@ def path_inside(folder: Path, name: str, place: str) -> Path:
     Where links lead does not matter: data are often kept elsewhere, and the hub's own cache is made of links.
 
     Raises:
-        UserError: for a path that leaves the folder.
+        UserError: for a path that leaves the folder, or that no file can have.
     """
-    path = Path(os.path.abspath(folder / name))
-    if not path.is_relative_to(os.path.abspath(folder)):
-        raise UserError(f"{place}: the path {name} leaves the folder {folder}")
+    return path_inside_one((folder,), name, place)
+
+
+def path_inside_one(folders: Sequence[Path], name: str, place: str) -> Path:
+    """As `path_inside`, of several folders; a relative path is the first one's."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        parts = []
+    if not parts or b"\0" in b"".join(parts) or max(map(len, parts)) > MAX_NAME:
+        raise UserError(f"{place}: {readable(name)} can be no file's path")
+    path = Path(os.path.abspath(folders[0] / name))
+    if not any(path.is_relative_to(os.path.abspath(folder)) for folder in folders):
+        outside = " or ".join(map(str, folders))
+        raise UserError(f"{place}: the path {readable(name)} leaves the folder {outside}")
     return path
 
 

@@ -22,6 +22,7 @@ from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
+from .stopping import outlive_stop_signals
 
 MAX_NEW_TOKENS = 64  # as published
 LOOK_AHEAD = 8  # batches whose prompts are sorted by length, so that few positions are padding
@@ -103,6 +104,7 @@ def generate_answers(
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
+        worker_init_fn=outlive_stop_signals,
     )
     was_training = model.training
     model.eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
@@ -181,7 +181,11 @@ def _keep_gradients_after_evaluation(model: torch.nn.Module) -> None:
 def prepare_for_training(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, options: argparse.Namespace
 ) -> Phi3VForCausalLM | PeftModel:
-    """Choose what trains (everything, all but the vision side, or adapters), and how its layers are computed."""
+    """Choose what trains (everything, all but the vision side, or adapters), and how its layers are computed.
+
+    An adapter's first weights depend on the seed alone, whatever an evaluation before has drawn.
+    """
+    set_seed(options.seed)
     # what `generate` stops at by default, also in the saved generation_config.json
     model.generation_config.eos_token_id = end_token_ids(processor)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -24,32 +26,53 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from .checkpoints import (
+    CheckpointingTrainer,
+    NotWrittenError,
+    check_same_run,
+    checkpoint_to_resume,
+    checkpoints_in,
+    finish_stage,
+    forget_stages,
+    is_finished,
+    list_files,
+    on_first,
+    record_of,
+    remove_incomplete,
+)
 from .cli import deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
-from .data import ExampleDataset, ExampleKey, loader_context
+from .data import ExampleDataset, ExampleKey, fingerprint, loader_context
 from .errors import UserError, is_first_process, say
+from .files import INCOMPLETE, read_json
 from .layers import causal_lm_of
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
+from .stopping import Stopping, outlive_stop_signals
 
 SHARED_MARK = ".seen_by_every_process"
 
 
-def start(options: argparse.Namespace) -> TrainingArguments:
-    """Set up the processes, the output folder and the seeds.
+def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> TrainingArguments:
+    """Set up the processes, the output folder and the seeds; find what an interrupted run has left to go on with.
 
     Run by plain `python`, a script is the one process of a run of one.
 
+    Args:
+        train_data, eval_data: the rows, by which a run is known again; None where there are none.
+
     Returns:
-        The arguments for the Trainer; `options.device` is this process's device from here on.
+        The arguments for the Trainer; `options.device` is this process's device from here on, `options.resume_from`
+        the checkpoint to go on from or None, and SIGTERM is heeded.
 
     Raises:
         RuntimeError: when the libraries set up fewer processes than were started.
+        UserError: the output folder holds another run; the checkpoint that was asked for is not whole.
     """
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -89,7 +112,10 @@ def start(options: argparse.Namespace) -> TrainingArguments:
         logging_steps=options.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite is shown as it is
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=options.save_total_limit,
+        ddp_timeout=round(60 * options.timeout_minutes),
         report_to=options.report_to.split(","),
         disable_tqdm=not options.tqdm,
         seed=options.seed,
@@ -97,20 +123,46 @@ def start(options: argparse.Namespace) -> TrainingArguments:
     options.device = arguments.device
     if arguments.world_size != options.num_processes or (options.num_processes > 1 and not dist.is_initialized()):
         raise RuntimeError(f"{options.num_processes} processes were started, {arguments.world_size} were set up")
-    if is_first_process():
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        for file in [] if options.eval_only else files_of_run(options.output_dir):
-            file.unlink()  # --overwrite: nothing of the old run may be taken for the new one's
-        (options.output_dir / SHARED_MARK).touch()
-    wait_for_all()
-    if not (options.output_dir / SHARED_MARK).exists():
-        raise UserError(f"--output_dir {options.output_dir} must lie on storage that all nodes share, to be read back")
-    wait_for_all()
-    if is_first_process():
-        (options.output_dir / SHARED_MARK).unlink()
+    if options.dry_run:  # nothing else is written or looked at in the output folder
+        options.output_dir = options.output_dir / f"dry_run{INCOMPLETE}"
+    arguments.output_dir = str(options.output_dir)
+    _prepare_output_folder(options)
+    options.resume_from = None
+    if not options.eval_only:
+        record = record_of(options, train_rows=fingerprint(train_data), eval_rows=fingerprint(eval_data))
+        options.resume_from = _find_what_to_resume(options, record)
+    options.stopping = Stopping(options.grace_seconds)
     set_seed(options.seed)
     say(describe(options))
     return arguments
+
+
+def _prepare_output_folder(options: argparse.Namespace) -> None:
+    folder = options.output_dir
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in files_of_run(folder) if options.overwrite and not options.eval_only else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
+        (folder / SHARED_MARK).touch()
+    wait_for_all()
+    if not (folder / SHARED_MARK).exists():
+        raise UserError(f"--output_dir {folder} must lie on storage that all nodes share, to be read back")
+    wait_for_all()
+    if is_first_process():
+        (folder / SHARED_MARK).unlink()
+
+
+def _find_what_to_resume(options: argparse.Namespace, record: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, once the output folder's run is known to be this one."""
+    folder = options.output_dir
+    remove_incomplete(folder)
+    if options.resume not in ("auto", "never"):
+        check_same_run(Path(options.resume).absolute().parent, record, may_begin=False)
+    check_same_run(folder, record)
+    checkpoint = checkpoint_to_resume(options.resume, folder)
+    if options.resume not in ("auto", "never"):
+        forget_stages(folder, SAVED, "eval_after")  # of a later state of the run
+    return checkpoint
 
 
 def _free_port() -> int:
@@ -205,8 +257,8 @@ def rate_of(name: str, options: argparse.Namespace) -> str:
     return option if is_vision and getattr(options, option) is not None else "learning_rate"
 
 
-class RecipeTrainer(Trainer):
-    """transformers' Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
+class RecipeTrainer(CheckpointingTrainer):
+    """The Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
     def __init__(
         self, *, options: argparse.Namespace, batches: GlobalBatchSampler | PackedBatchSampler, **kwargs: Any
@@ -276,6 +328,7 @@ class RecipeTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=loader_context(self.args.dataloader_num_workers),
+            worker_init_fn=outlive_stop_signals,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -310,9 +363,14 @@ class RecipeTrainer(Trainer):
             logs["memory_peak_gb"] = round(most[1].item(), 3)
             self.start_counting()
         super().log(logs, start_time)
+        self.write_log(self.state.log_history[-1:], "a")
+
+    def write_log(self, lines: list[dict[str, Any]], mode: str) -> None:
+        """Lines of the log to `train_log.jsonl`, the step first."""
         if is_first_process():
-            with open(self.options.output_dir / "train_log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+            with open(self.options.output_dir / "train_log.jsonl", mode, encoding="utf-8") as file:
+                for line in lines:
+                    file.write(json.dumps({"step": line["step"], **line}) + "\n")
 
 
 def memory_peak() -> float:
@@ -349,7 +407,7 @@ def run_vision_without_pictures(model: torch.nn.Module) -> None:
 class _WhileTraining(TrainerCallback):
     """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often."""
 
-    def __init__(self, options: argparse.Namespace, evaluate: Callable[[str], Any] | None) -> None:
+    def __init__(self, options: argparse.Namespace, evaluate: Callable[[argparse.Namespace, str], Any]) -> None:
         self.options, self.evaluate = options, evaluate
         self.trainer: RecipeTrainer | None = None
 
@@ -361,12 +419,14 @@ class _WhileTraining(TrainerCallback):
             raise RuntimeError(f"the model is wrapped as {wrapper}; {self.options.method} training needs {expected}")
         if not self.options.freeze_vision_model:
             run_vision_without_pictures(self.trainer.model)
+        # a run that goes on forgets what it had logged after its checkpoint
+        self.trainer.write_log(self.trainer.state.log_history, "w")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.evaluate and self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
+        if self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
             began = time.perf_counter()
             with using_attention(self.trainer.model, self.options.attention):
-                self.evaluate(f"eval_step_{state.global_step}")
+                self.evaluate(self.options, f"eval_step_{state.global_step}")
             self.trainer.leave_out(time.perf_counter() - began)
 
 
@@ -376,18 +436,24 @@ def train(
     dataset: ExampleDataset,
     arguments: TrainingArguments,
     options: argparse.Namespace,
-    evaluate: Callable[[str], Any] | None = None,
+    evaluate: Callable[..., Any],
+    *eval_data: Any,
 ) -> RecipeTrainer:
-    """Train; the log goes to the screen and to `train_log.jsonl`.
+    """Train, from the checkpoint of an interrupted run where there is one; the log goes to the screen and to
+    `train_log.jsonl`. With `--dry_run` the process ends after one step.
 
     Args:
-        evaluate: called with a name every `--eval_steps` steps.
+        evaluate: the script's own, called every `--eval_steps` steps with model, processor, `eval_data`, options and
+            a name.
 
     Returns:
         The Trainer, with what `save` needs.
+
+    Raises:
+        SystemExit: with code 143, once a step is finished and saved after SIGTERM or SIGUSR1.
     """
     batches = make_batches(dataset, processor, arguments, options, causal_lm_of(model).config)
-    callback = _WhileTraining(options, evaluate)
+    callback = _WhileTraining(options, functools.partial(evaluate, model, processor, *eval_data))
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
@@ -395,12 +461,31 @@ def train(
         data_collator=make_collator(processor, options, causal_lm_of(model).config),
         options=options,
         batches=batches,
+        write_model=functools.partial(write_model, model, processor),
+        stopping=options.stopping,
         callbacks=[callback],
     )
     callback.trainer = trainer
+    if options.resume_from is not None:
+        say(f"going on from {options.resume_from}")
     with using_attention(model, attention_in_training(options)):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=options.resume_from and str(options.resume_from))
+    if options.dry_run:
+        _end_dry_run(options)
     return trainer
+
+
+def _end_dry_run(options: argparse.Namespace) -> None:
+    """Leave nothing behind."""
+
+    def remove() -> None:
+        shutil.rmtree(options.output_dir)
+        with contextlib.suppress(OSError):  # where there was an output folder, it stays
+            options.output_dir.parent.rmdir()
+
+    on_first(remove)
+    say("dry run: one step is taken, nothing is written")
+    sys.exit(0)
 
 
 def make_batches(
@@ -479,35 +564,102 @@ def using_attention(model: torch.nn.Module, implementation: str) -> Iterator[Non
         config._attn_implementation = before
 
 
-def save(trainer: RecipeTrainer, processor: Phi3VProcessor, folder: Path) -> None:
-    """Write a complete checkpoint: the weights or the adapter, configuration, processor and tokenizer."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+SAVED = "save"  # the stage of a run
+
+
+def write_model(
+    model: torch.nn.Module, processor: Phi3VProcessor, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write what loads as a checkpoint: the weights or the adapter, configuration, processor and tokenizer.
+
+    Args:
+        model: as it was prepared for training.
+        folder: that is there.
+        state_dict: the weights, where the model's own lie in pieces.
+    """
+    if isinstance(model, PeftModel):
+        # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        # the base's configuration tells the Auto classes, also the tokenizer's, what model this is
+        Phi3VConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)
+
+
+def is_saved(options: argparse.Namespace) -> bool:
+    """Whether this run, before it was interrupted, has trained and saved to the end, and the files are unchanged."""
+    return is_finished(options.output_dir, SAVED)
+
+
+def once(evaluate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Evaluate, unless this run did so before it was interrupted: then its file is read.
+
+    Args:
+        evaluate: the script's own.
+        arguments: its arguments, the last two the options and a name: `<name>.json` is written; with
+            `--eval_only` always, and it is `eval_only.json`.
+
+    Returns:
+        The totals.
+    """
+    *others, options, name = arguments
+    if options.eval_only:
+        return evaluate(*others, options, "eval_only")
+    if options.dry_run:
+        return evaluate(*arguments)
+    if is_finished(options.output_dir, name):
+        return on_first(lambda: read_json(options.output_dir / f"{name}.json"))
+    totals = evaluate(*arguments)
+    finish_stage(options.output_dir, name, [f"{name}.json"])
+    return totals
+
+
+def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
+    """Write a complete checkpoint into the output folder, whole files only, and let go of what has trained.
+
+    Raises:
+        UserError: when the disk is full or fails.
+    """
+    folder, beside = options.output_dir, options.output_dir / f"model{INCOMPLETE}"
     state_dict = None
     if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 3:
         state_dict = trainer.accelerator.get_state_dict(
             trainer.deepspeed
         )  # on every process: the weights lie in pieces
-    if is_first_process():
-        if isinstance(model, PeftModel):
-            # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
-            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-            # the base's configuration tells the Auto classes, also the tokenizer's, what model this is
-            Phi3VConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, state_dict=state_dict)
-        processor.save_pretrained(folder)
-    wait_for_all()
+
+    def write() -> list[str]:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        trainer.write_model(beside, state_dict)
+        names = list_files(beside)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+        shutil.rmtree(beside)
+        return names
+
+    try:
+        finish_stage(folder, SAVED, on_first(write))
+    except NotWrittenError as error:
+        left = [path.name for path in checkpoints_in(folder)][:1] or ["the beginning"]
+        raise UserError(
+            f"the trained model could not be written to {folder} ({error}): make room and start the same command "
+            f"again, which goes on from {left[0]}"
+        ) from error
+    free_memory(trainer)
 
 
 def free_memory(trainer: RecipeTrainer) -> None:
     """Let go of the model, the optimizer and the engine, so that what was saved can be loaded."""
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
+    trainer.write_model = None  # which holds the model too
     handler = trainer.callback_handler
     handler.model = handler.optimizer = handler.lr_scheduler = handler.train_dataloader = None
     for callback in handler.callbacks:
         if isinstance(callback, _WhileTraining):
-            callback.evaluate = None  # which holds the model too
+            callback.evaluate = None  # likewise
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -41,9 +41,21 @@ EMBD_LAYER = {
 }
 
 
+AUTO_MAP = {"AutoConfig": "configuration_phi3_v.Phi3VConfig", "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM"}
+
+
 def with_official_repository(auto_map: dict[str, str]) -> dict[str, str]:
-    """Point the classes of `auto_map` at the official repository: its code is not beside what we save."""
-    return {name: target if "--" in target else f"{OFFICIAL_REPOSITORY}--{target}" for name, target in auto_map.items()}
+    """Point the classes of `auto_map` at the official repository: its code is not beside what we save.
+
+    The image processor has a file of its own in Phi-3-vision's repository, and none in that of Phi-3.5-vision.
+    """
+    moved = {
+        name: target.replace("image_processing_phi3_v.", "processing_phi3_v.") for name, target in auto_map.items()
+    }
+    return {
+        name: auto_map[name] if "--" in target else f"{OFFICIAL_REPOSITORY}--{target}"
+        for name, target in moved.items()
+    }
 
 
 class Phi3VConfig(Phi3Config):
@@ -151,8 +163,7 @@ class Phi3VConfig(Phi3Config):
             }
         if fields.get("vision_config") is None:
             fields.pop("vision_config", None)
-        if fields.get("auto_map"):
-            fields["auto_map"] = with_official_repository(fields["auto_map"])
+        fields["auto_map"] = with_official_repository(fields.get("auto_map") or AUTO_MAP)
         return fields
 
     def to_diff_dict(self) -> dict[str, Any]:

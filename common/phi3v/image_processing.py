@@ -21,6 +21,10 @@ from .stock import BaseImageProcessor, BatchFeature, ImagesKwargs
 
 CROP = 336  # side of a view in pixels
 TOKENS_PER_SIDE = 12  # a view is 24 x 24 patches, merged two by two
+AUTO_MAP = {
+    "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
+    "AutoProcessor": "processing_phi3_v.Phi3VProcessor",
+}
 BAND = 42  # rows of pixels that are normalised and cut at once: few enough to stay in a core's cache
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -116,8 +120,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """What `preprocessor_config.json` holds: the published fields."""
         fields = super().to_dict()
-        if fields.get("auto_map"):
-            fields["auto_map"] = with_official_repository(fields["auto_map"])
+        fields["auto_map"] = with_official_repository(fields.get("auto_map") or AUTO_MAP)
         fields["processor_class"] = "Phi3VProcessor"
         return fields
 

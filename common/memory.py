@@ -1,0 +1,328 @@
+"""The memory that a training step needs of a GPU, from its parts: arithmetic on shapes, nothing is measured.
+
+Parameters are counted on the model itself, which is built without memory. Sizes are in bytes. `peak` estimates what
+PyTorch has allocated at most, which is `memory_peak_gb` in the training log; `needed` adds an allowance. How close the
+parts come on a CPU, and that no GPU has been asked yet: tests/test_plan.py and docs/scaling.md.
+
+Left out: Liger's kernels and torch.compile, which keep less; an evaluation's cache; ZeRO-3.
+
+Notation
+- rows: positions of all sequences on a GPU at once, or patches of all their sub-images
+- hidden, wide, kv_width: the decoder's state, its MLP, its keys; width: the tower's state
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .cli import DEEPSPEED, MAX_NUM_CROPS, choose_precision, deepspeed_file
+from .loading import add_adapters, choose_weights
+from .phi3v import Phi3VConfig, Phi3VForCausalLM
+
+METHODS = ("full", "frozen", "lora", "qlora")  # the greediest first
+NF4_BLOCK, EIGHT_BIT_BLOCK = 64, 256  # elements that share a float32 scale in bitsandbytes
+SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000  # smaller tensors keep 32 bits, stay on the GPU
+CUDA_CONTEXT = 1.5e9  # assumed: CUDA context, cuBLAS workspaces, NCCL's channels
+FRAGMENTATION = 0.05  # assumed: of the peak, what PyTorch's allocator holds and cannot use
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A configuration of a run, as the scripts' options name it; `tokens` and `answer_tokens` are an example's."""
+
+    method: str = "full"
+    gpus: int = 1
+    bf16: bool = True
+    gradient_checkpointing: str = "full"
+    optim: str = "adamw_torch_fused"
+    batch_size: int = 16
+    batch_size_per_gpu: int = 1
+    tokens: int = 2443
+    answer_tokens: int = 10
+    images: int = 1
+    num_crops: int = MAX_NUM_CROPS
+    lora_rank: int = 64
+    attention: str = "sdpa"
+    deepspeed: str = DEEPSPEED
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.method in ("lora", "qlora")
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a weight, and of the decoder's state between layers: float32 under float16 autocast."""
+        options = argparse.Namespace(bf16=self.bf16, device="cuda", use_lora=self.uses_lora)
+        return choose_precision(options).weights.itemsize
+
+
+COMPUTE = 2  # bytes of what linear layers and attention take and give
+AUTOCAST_NORM = 4  # and of what autocast gives the tower's norms, on CUDA
+
+
+class Part(NamedTuple):
+    """Memory for one purpose; phase: "held" all along, in "backward" or the optimizer's "step", "outside" the GPU."""
+
+    name: str
+    phase: str
+    size: float
+    about: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Elements of the tensors that train, elements and bytes of all others, the elements of them in NF4."""
+
+    trained: tuple[int, ...]
+    frozen: int
+    frozen_bytes: int
+    quantized: int
+
+
+@functools.lru_cache
+def count_weights(config: str, method: str, lora_rank: int, stored: int) -> Weights:
+    """What a method trains and keeps of the model of a configuration (as JSON), counted on the model itself."""
+    options = argparse.Namespace(
+        lora_rank=lora_rank, lora_alpha_ratio=1, lora_dropout=0.0, freeze_vision_model=method == "frozen"
+    )
+    options.model_name_or_path = ""
+    with torch.device("meta"):
+        model: nn.Module = Phi3VForCausalLM(Phi3VConfig.from_dict(json.loads(config)))
+        in_nf4 = {module.weight for module in model.modules() if type(module) is nn.Linear} - {model.lm_head.weight}
+        if method in ("lora", "qlora"):
+            model = add_adapters(model, options)
+        else:
+            choose_weights(model, options)
+    trained, frozen, frozen_bytes, quantized = [], 0, 0, 0
+    for weight in model.parameters():
+        if weight.requires_grad:
+            trained.append(weight.numel())
+            continue
+        frozen += weight.numel()
+        if method == "qlora" and weight in in_nf4:
+            quantized += weight.numel()
+            frozen_bytes += nf4_bytes(weight.numel())
+        else:
+            frozen_bytes += stored * weight.numel()
+    return Weights(tuple(trained), frozen, frozen_bytes, quantized)
+
+
+def nf4_bytes(elements: int) -> int:
+    """Four bits an element and a float32 scale for every 64: the scripts do not quantise the scales once more."""
+    return -(-elements // 2) + 4 * -(-elements // NF4_BLOCK)
+
+
+def optimizer_bytes(optim: str, tensors: Sequence[int]) -> tuple[int, int]:
+    """AdamW's state for float32 tensors of so many elements: bytes on the GPU, and in memory that can leave it."""
+    fixed = paged = 0
+    for elements in tensors:
+        state = 8 * elements
+        if optim.endswith("8bit") and elements >= SMALLEST_IN_8_BITS:
+            state = 2 * elements
+            fixed += 8 * -(-elements // EIGHT_BIT_BLOCK)  # the scales are never paged
+        if optim.startswith("paged") and elements >= SMALLEST_PAGED:
+            paged += state
+        else:
+            fixed += state
+    return fixed + (
+        4 * len(tensors) if optim.startswith("adamw_torch") else 0
+    ), paged  # PyTorch counts every tensor's steps
+
+
+# --- activations
+
+
+class Linear(NamedTuple):
+    """A linear layer's sizes; `keeps_input`: a training weight keeps its input, which nothing else keeps already."""
+
+    inputs: int
+    outputs: int
+    keeps_input: bool = True
+
+
+def linears_kept(setting: Setting, trains: bool, rows: int, linears: Sequence[Linear]) -> int:
+    """What linear layers keep of their forward pass for the backward pass, in bytes."""
+    if not setting.uses_lora:
+        return COMPUTE * rows * sum(one.inputs for one in linears if one.keeps_input) if trains else 0
+    rank, kept = setting.lora_rank, 0
+    for one in linears:  # every adapter casts its input for itself, and its two matrices
+        kept += COMPUTE * (rows * (one.inputs + rank) + rank * (one.inputs + one.outputs))
+        if setting.stored != COMPUTE and setting.method != "qlora":
+            kept += COMPUTE * one.inputs * one.outputs  # and so is the base's weight
+    return kept
+
+
+def decoder_layer_kept(config: Phi3VConfig, setting: Setting, rows: int, length: int) -> int:
+    """What a layer of the decoder keeps for its backward pass where it is not computed again, in bytes."""
+    hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv_width = hidden // heads * config.num_key_value_heads
+    eager = setting.attention == "eager"
+    # a norm keeps its input in float32, and if its weight trains what the weight is multiplied with
+    norms = 2 * (4 * hidden + 4 + (0 if setting.uses_lora else setting.stored * hidden))
+    # queries, keys and values as projected (the values lie there), queries and keys as rotated
+    attention = COMPUTE * (hidden + 2 * kv_width + hidden + kv_width)
+    # the probabilities in float32 and rounded, or the output and a float32 for every head
+    attention += heads * length * (4 + COMPUTE) if eager else COMPUTE * hidden + 4 * heads
+    mlp = COMPUTE * 3 * wide  # gate and up, the activated gate
+    linears = (
+        Linear(hidden, hidden + 2 * kv_width),
+        Linear(hidden, hidden),  # attention's output lies head by head, as the rotated queries do, and is copied
+        Linear(hidden, 2 * wide),
+        Linear(wide, hidden),
+    )
+    return rows * (norms + attention + mlp) + linears_kept(setting, True, rows, linears)
+
+
+def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
+    """The same for a layer of a tower that trains."""
+    tower = config.tower_config()
+    width, wide, heads = tower.hidden_size, tower.intermediate_size, tower.num_attention_heads
+    eager = setting.attention == "eager"
+    patches = (tower.image_size // tower.patch_size) ** 2 + 1
+    norms = 2 * ((AUTOCAST_NORM if setting.uses_lora else setting.stored) * width + 8)
+    attention = COMPUTE * 3 * width
+    attention += heads * patches * (4 + COMPUTE) if eager else COMPUTE * width + 4 * heads
+    mlp = COMPUTE * (2 if tower.hidden_act == "quick_gelu" else 1) * wide
+    linears = (
+        *(Linear(width, width), Linear(width, width, keeps_input=False), Linear(width, width, keeps_input=False)),
+        Linear(width, width, keeps_input=eager),
+        *(Linear(width, wide), Linear(wide, width)),
+    )
+    return rows * (norms + attention + mlp) + linears_kept(setting, True, rows, linears)
+
+
+def stack_kept(setting: Setting, layers: int, layer: int, state: int) -> tuple[int, int]:
+    """What a stack of layers keeps as its backward pass begins, and what its last layer computes again then.
+
+    Args:
+        layer, state: bytes that one layer keeps if it is not computed again, and of the state between layers.
+    """
+    again = {"none": 0, "selective": -(-layers // 2), "full": layers}[setting.gradient_checkpointing]
+    last_again = setting.gradient_checkpointing == "full" or (again > 0 and layers % 2 == 1)
+    return (layers - again) * layer + again * state, layer if last_again else 0
+
+
+def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
+    """Everything that the forward pass leaves for the backward pass, and what that needs beside it as it begins."""
+    tower = config.tower_config()
+    hidden, width = config.hidden_size, tower.hidden_size
+    rows = setting.tokens * setting.batch_size_per_gpu
+    views = setting.images * (setting.num_crops + 1) * setting.batch_size_per_gpu
+    patch_rows = views * ((tower.image_size // tower.patch_size) ** 2 + 1)
+    features = min(rows, 149 * views)  # 144 a view and the separators
+    layer = decoder_layer_kept(config, setting, rows, setting.tokens)
+    kept, again = stack_kept(setting, config.num_hidden_layers, layer, setting.stored * rows * hidden)
+    # the last norm; the rotation, which all layers share
+    kept += rows * (4 * hidden + 4 + (0 if setting.uses_lora else setting.stored * hidden))
+    kept += 2 * COMPUTE * rows * hidden // config.num_attention_heads
+    # with checkpointing, embeddings that do not train are made to require gradients, and so are kept
+    marks_inputs = setting.gradient_checkpointing != "none" and setting.method != "full"
+    kept += setting.stored * rows * hidden if marks_inputs else 0
+    if setting.attention == "eager" and setting.gradient_checkpointing != "none":
+        kept += setting.stored * rows * setting.tokens  # the mask, for what is computed again
+    again_in_words = f"checkpointing {setting.gradient_checkpointing}"
+    yield Part("activations, decoder", "backward", kept, f"{rows} positions, {again_in_words}")
+    pixels = 3 * tower.image_size**2 * views
+    kept_image, about = 4 * pixels, f"{views} sub-images, nothing kept of a frozen tower"
+    if setting.method != "frozen":
+        one = tower_layer_kept(config, setting, patch_rows)
+        state = setting.stored * patch_rows * width
+        kept_image += stack_kept(setting, config.num_tower_layers_used, one, state)[0]
+        # the patches and what the norm before the layers is given
+        kept_image += 2 * state * marks_inputs if setting.uses_lora else setting.stored * pixels + state
+        projection = (Linear(4 * width, hidden), Linear(hidden, hidden))
+        kept_image += COMPUTE * features * hidden + linears_kept(setting, True, features, projection)
+        about = f"{views} sub-images of {patch_rows // views} patches, {again_in_words}"
+    yield Part("activations, image side", "backward", kept_image, about)
+    # gradients of the MLP's two halves on their way; an adapter's come in float32
+    flowing = rows * config.intermediate_size * COMPUTE * (4 if setting.uses_lora else 3)
+    yield Part("a decoder layer at work", "backward", again + flowing, "computed again, gradients on their way")
+    logits = setting.answer_tokens * setting.batch_size_per_gpu * config.vocab_size * (2 * COMPUTE + 3 * 4)
+    yield Part("logits", "backward", logits, f"{setting.answer_tokens} labelled positions an example")
+
+
+# --- a setting's memory
+
+
+def read_zero_configuration(name: str) -> tuple[dict[str, Any], list[str]]:
+    """A DeepSpeed file's `zero_optimization`, and what is wrong with it."""
+    file = deepspeed_file(argparse.Namespace(deepspeed=name))
+    try:
+        zero = json.loads(file.read_text())["zero_optimization"]
+        stage = zero["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, [f"--deepspeed {name}: no JSON with zero_optimization.stage ({error})"]
+    return zero, [] if stage == 2 else [f"--deepspeed {name} is of stage {stage}: only stage 2 is estimated"]
+
+
+def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
+    """A setting's parts."""
+    weights = count_weights(json.dumps(config.to_dict()), setting.method, setting.lora_rank, setting.stored)
+    trained = sum(weights.trained)
+    parts = [*activation_parts(config, setting)]
+    if setting.uses_lora:
+        about = f"{weights.frozen:,} parameters" + (
+            f", {weights.quantized:,} of them in NF4" if weights.quantized else ""
+        )
+        parts += [
+            Part("weights, frozen", "held", weights.frozen_bytes, about),
+            Part("adapters", "held", 4 * trained, f"{trained:,} parameters of rank {setting.lora_rank} in float32"),
+            Part("gradients", "held", 4 * trained, "of the adapters, float32"),
+        ]
+        if setting.gpus > 1:
+            parts.append(Part("DDP's buckets", "held", 4 * trained, "a copy of the gradients"))
+        state, paged = optimizer_bytes(setting.optim, weights.trained)
+        step = 0
+    else:
+        zero, _ = read_zero_configuration(setting.deepspeed)
+        offloads = "offload_optimizer" in zero
+        share = -(-trained // setting.gpus)
+        held = 0 if offloads else share
+        where = "in the computer's memory" if offloads else f"a {setting.gpus}th part" if setting.gpus > 1 else "whole"
+        parts += [
+            Part("weights", "held", 2 * trained + weights.frozen_bytes, f"{trained + weights.frozen:,} parameters"),
+            Part("master copies", "held", 4 * held, f"float32, {where}"),
+            Part("gradients", "held", 2 * held, f"of {trained:,} parameters, {where}"),
+        ]
+        bucket = int(zero["reduce_bucket_size"])
+        copies = 2 if zero.get("overlap_comm") else 1
+        size = copies * 2 * bucket + 2 * max(weights.trained)
+        parts.append(
+            Part("gradient buckets", "backward", size, f"{copies} of {bucket:.0e} elements, a weight's gradient")
+        )
+        if setting.batch_size > setting.batch_size_per_gpu * setting.gpus:
+            parts.append(Part("gradients, accumulated", "backward", 2 * held, "beside a micro-batch's own"))
+        if offloads:
+            parts.append(Part("masters, gradients, state", "outside", 16 * share, "float32, on the computer's side"))
+        state, paged = optimizer_bytes(setting.optim, [held] if held else [])
+        step = 6 * held  # flattened, and in float32
+    parts.append(Part("optimizer state", "held", state, setting.optim))
+    if paged:
+        parts.append(
+            Part("optimizer state, paged", "outside", paged, "in memory that leaves the GPU where it is short")
+        )
+    if setting.optim == "adamw_torch":  # works on whole lists of tensors
+        step += 4 * (trained if setting.uses_lora else held)
+    if step:
+        parts.append(Part("the optimizer at work", "step", step, "gradients flattened and in float32, or temporary"))
+    order = ("weights", "weights, frozen", "adapters", "master copies", "optimizer state", "gradients")
+    return sorted(parts, key=lambda part: order.index(part.name) if part.name in order else len(order))
+
+
+def peak(parts: Sequence[Part]) -> float:
+    """What PyTorch has allocated at most, in bytes: what is held, and what the greedier of both phases adds."""
+    sums = {phase: sum(part.size for part in parts if part.phase == phase) for phase in ("held", "backward", "step")}
+    return sums["held"] + max(sums["backward"], sums["step"])
+
+
+def needed(parts: Sequence[Part]) -> float:
+    """The peak and what a GPU must have beyond it, in bytes."""
+    return peak(parts) * (1 + FRAGMENTATION) + CUDA_CONTEXT
