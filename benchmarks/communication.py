@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import markdown
+from common.memory import COMPUTE, Setting, count_weights, estimate, needed, peak, read_zero_configuration
 from common.phi3v import Phi3VConfig
-from tools.memory import COMPUTE, Setting, count_weights, estimate, needed, peak, read_zero_configuration
 from tools.recipes import PUBLISHED, with_tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"

@@ -19,15 +19,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BitsAndBytesConfig
 
 from benchmarks.models import SIZES
+from common import memory
 from common.cli import CHECKPOINTING
 from common.errors import UserError
 from common.layers import recompute_layers
 from common.loading import add_adapters, choose_weights
+from common.memory import METHODS, Setting, estimate, needed, optimizer_bytes, peak
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from tests.launch import REPOSITORY, read_log, run_script
 from tests.model_helpers import tiny_config
-from tools import memory, plan
-from tools.memory import METHODS, Setting, estimate, needed, optimizer_bytes, peak
+from tools import plan
 
 TOKENS, IMAGE_TOKENS, IMAGE_ID = 1000, 313, 63  # a picture in 2 views
 RANK = 8

@@ -12,7 +12,7 @@ is kept, what is not is searched, in this order, of which the first that fits is
 3. AdamW's state in 32 bits before 8, which changes the results a little; where 8 are proposed, 32 are shown too.
 4. More examples at once before fewer: fewer passes, and under ZeRO-2 fewer reductions of the gradients.
 
-The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see tools/memory.py for what they
+The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see common/memory.py for what they
 are made of. For packed batches let --tokens be --max_tokens_per_gpu, with as many --images as a pack has.
 """
 
@@ -25,8 +25,7 @@ from collections.abc import Iterator, Sequence
 
 from common.cli import BITSANDBYTES_OPTIMIZERS, CHECKPOINTING, DEEPSPEED, MAX_NUM_CROPS, OPTIMIZERS
 from common.errors import UserError, raise_all
-from common.phi3v import Phi3VConfig
-from tools.memory import (
+from common.memory import (
     CUDA_CONTEXT,
     FRAGMENTATION,
     METHODS,
@@ -37,6 +36,7 @@ from tools.memory import (
     peak,
     read_zero_configuration,
 )
+from common.phi3v import Phi3VConfig
 
 OFFICIAL = ("official", "microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
 OFFLOAD = "ds_configs/zero2_offload.json"
