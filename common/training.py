@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import gc
 import json
@@ -56,6 +57,7 @@ from .phi3v.masks import attention_for_packing
 from .stopping import Stopping, outlive_stop_signals
 
 SHARED_MARK = ".seen_by_every_process"
+LOCK = ".in_use"  # held while a run lasts
 
 
 def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> TrainingArguments:
@@ -141,6 +143,8 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
     folder = options.output_dir
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
+        if not options.eval_only:
+            _lock(folder)
         for path in files_of_run(folder) if options.overwrite and not options.eval_only else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
         (folder / SHARED_MARK).touch()
@@ -150,6 +154,22 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
     wait_for_all()
     if is_first_process():
         (folder / SHARED_MARK).unlink()
+
+
+def _lock(folder: Path) -> None:
+    """Let no other run write into the folder while this process lasts; one that is just ending is waited for."""
+    file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # left open
+    for second in range(60):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if second == 0:
+                say(f"waiting for the run that still uses {folder} to end")
+            time.sleep(1)
+        except OSError:  # storage without locks
+            return
+    raise UserError(f"--output_dir {folder} is in use by a run that has not ended: choose another, or end that first")
 
 
 def _find_what_to_resume(options: argparse.Namespace, record: dict[str, Any]) -> Path | None:

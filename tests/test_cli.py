@@ -169,6 +169,13 @@ WRONG = [
     (("--max_crops_per_call", 8, "--deepspeed", "ds_configs/zero3.json"), "--max_crops_per_call does not go with"),
     (("--torch_compile", "--deepspeed", "ds_configs/zero3.json"), "--torch_compile does not go with ZeRO-3"),
     (("--use_liger",), "--use_liger needs a CUDA GPU and there is none: leave the option out"),
+    (("--save_steps", 0), "--save_steps 0: it must be at least 1"),
+    (("--save_total_limit", 0), "--save_total_limit 0: it must be at least 1"),
+    (("--grace_seconds", 0), "--grace_seconds 0.0: it must be above 0"),
+    (("--timeout_minutes", "nan"), "--timeout_minutes nan: it must be above 0"),
+    (("--resume", "later"), "--resume later: it is auto, never, or the folder of a checkpoint, and there is none"),
+    (("--resume", ".", "--overwrite"), "goes on with a run, and --overwrite begins anew: leave one of them out"),
+    (("--dry_run", "--eval_only"), "--dry_run tries out training, and --eval_only leaves it out"),
     (("--optim", "sgd"), "argument --optim: invalid choice: 'sgd'"),
     (
         ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero2_offload.json"),
@@ -297,10 +304,16 @@ def test_deepspeed_configuration(monkeypatch, tmp_path, content, message):
 def test_used_output_folder(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "eval_before.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds another run \(eval_before.json\): choose another, or add --overwrite"):
+    refused = r"holds a run \({}\) that is not gone on with: choose another, or add --overwrite"
+    with pytest.raises(UserError, match=refused.format("eval_before.json")):
         parse(monkeypatch, tmp_path)
     parse(monkeypatch, tmp_path, "--overwrite")
     parse(monkeypatch, tmp_path, "--eval_only")
+    (tmp_path / "out" / "run.json").write_text("{}")  # its options are compared later
+    parse(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=refused.format("eval_before.json, run.json")):
+        parse(monkeypatch, tmp_path, "--resume", "never")
+    parse(monkeypatch, tmp_path, "--resume", "never", "--overwrite")
     monkeypatch.setenv("RANK", "1")  # only the first process looks: it may be writing by now
     parse(monkeypatch, tmp_path)
 
@@ -353,7 +366,7 @@ def test_every_option_is_read_where_it_acts(monkeypatch, script):
                     if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("options", "self.options")
                 }
     names = {action.dest for action in parser_of(monkeypatch, script)._actions} - {"help"}
-    assert names - read == {"overwrite"}  # which only lifts a check
+    assert names - read == set()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
