@@ -17,7 +17,7 @@ from common.cli import make_parser, parse_options
 from common.collation import Example
 from common.conversations import Conversations, check_lengths, load_conversations
 from common.data import ExampleDataset
-from common.errors import UserError, run, say
+from common.errors import run, say
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
@@ -32,7 +32,8 @@ OTHER = "(other)"  # an answer that names no class
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision to classify videos.", num_crops=4)
     parser.add_argument("--eval_split", choices=("val", "test"), default="test", help="to evaluate on (%(default)s)")
-    return parse_options(parser, flash_attention_implies_bf16=True)
+    needed = {"data_dir": "the folder that convert_ucf101.py has written"}
+    return parse_options(parser, flash_attention_implies_bf16=True, needed=needed)
 
 
 # --- data
@@ -40,8 +41,6 @@ def parse() -> argparse.Namespace:
 
 def load_data(options: argparse.Namespace) -> tuple[Conversations | None, Conversations, list[str]]:
     """What to train on, what to evaluate on, and the classes of both."""
-    if options.data_dir is None:
-        raise UserError("--data_dir is needed: the folder that convert_ucf101.py has written")
     folder = Path(options.data_dir)
     splits = (options.eval_split,) if options.eval_only else (options.eval_split, "train")
     loaded = [load_conversations(folder / f"ucf101_{split}.jsonl", folder / "images") for split in splits]

@@ -11,8 +11,10 @@ import functools
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -201,11 +203,16 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     return parser
 
 
-def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16: bool = False) -> argparse.Namespace:
+def parse_options(
+    parser: argparse.ArgumentParser,
+    flash_attention_implies_bf16: bool = False,
+    needed: Mapping[str, str] = MappingProxyType({}),
+) -> argparse.Namespace:
     """Parse, fill in what one option implies of another, and check every option.
 
     Args:
         flash_attention_implies_bf16: as published for NLVR2 and UCF-101.
+        needed: options that must be given, each with what it is, for the message.
 
     Returns:
         The options, with `precision`, `method`, `num_processes`, `attention`, `device`, `packs` (rows
@@ -229,7 +236,8 @@ def parse_options(parser: argparse.ArgumentParser, flash_attention_implies_bf16:
         if getattr(options, name, None):
             setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
-    problems = _number_problems(options) + _device_problems(options) + _file_problems(options)
+    problems = [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
+    problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     raise_all(problems)
     at_once = options.num_processes * options.batch_size_per_gpu
     options.accumulation = None if options.packs else options.batch_size // at_once

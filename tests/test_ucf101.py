@@ -68,9 +68,11 @@ def test_evaluation_needs_no_training_data(folder, tmp_path):
         ucf101.load_data(options_for(tmp_path))
 
 
-def test_folder_must_be_named():
-    with pytest.raises(UserError, match=r"--data_dir is needed: the folder that convert_ucf101.py has written"):
-        ucf101.load_data(options_for("", data_dir=None))
+def test_folder_must_be_named(monkeypatch):
+    """Together with whatever else is wrong."""
+    monkeypatch.setattr(sys, "argv", ["script", "--num_crops", "17"])
+    with pytest.raises(UserError, match=r"(?s)--data_dir is needed: the folder that convert_ucf101.py has.*17: it must"):
+        ucf101.parse()
 
 
 @pytest.mark.parametrize(("split", "arguments"), [("train", ()), ("test", ()), ("test", ("--eval_only",))])
@@ -87,7 +89,7 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
         (tmp_path / f"ucf101_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ("--model_name_or_path", str(CHECKPOINT), "--data_dir", str(tmp_path), "--num_crops", "1")
     monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
-    monkeypatch.setattr(ucf101, "start", lambda options: None)
+    monkeypatch.setattr(ucf101, "start", lambda *ignored: None)
     model = argparse.Namespace(config=argparse.Namespace(max_position_embeddings=900))
     monkeypatch.setattr(ucf101, "load_model", lambda *ignored: model)
     message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens at num_crops=1, the model takes 900: lower --num_crops"
