@@ -71,7 +71,7 @@ def test_evaluation_needs_no_training_data(folder, tmp_path):
 def test_folder_must_be_named(monkeypatch):
     """Together with whatever else is wrong."""
     monkeypatch.setattr(sys, "argv", ["script", "--num_crops", "17"])
-    with pytest.raises(UserError, match=r"(?s)--data_dir is needed: the folder that convert_ucf101.py has.*17: it must"):
+    with pytest.raises(UserError, match=r"(?s)--data_dir is needed: the folder that convert_ucf101.py.*17: it must"):
         ucf101.parse()
 
 
