@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-from tqdm import tqdm
 
 from .collation import Example, collate, encode_questions, prefix_length
 from .data import gather_in_order, loader_context, open_pixels, opening_images_by
@@ -22,6 +21,7 @@ from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
+from .progress import progress_bar
 from .stopping import outlive_stop_signals
 
 MAX_NEW_TOKENS = 64  # as published
@@ -114,7 +114,7 @@ def generate_answers(
     answers: list[tuple[int, Generated]] = []
     # eagerly where training compiles (--torch_compile): a cache has another length at every token
     eager = torch.compiler.set_stance("force_eager")
-    with eager, _autocast(options), tqdm(total=count, desc=title, disable=not (options.tqdm and rank == 0)) as progress:
+    with eager, _autocast(options), progress_bar(title, count, "example", options.tqdm) as progress:
         for batch in _batches(loader, options.eval_batch_size_per_gpu):
             inputs, columns = _inputs(model, processor, batch, max_new_tokens, options.device)
             output = model.generate(

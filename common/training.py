@@ -29,6 +29,7 @@ from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoints import (
@@ -54,6 +55,7 @@ from .layers import causal_lm_of
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
+from .progress import TrainingProgress
 from .stopping import Stopping, outlive_stop_signals
 
 SHARED_MARK = ".seen_by_every_process"
@@ -119,7 +121,7 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         save_total_limit=options.save_total_limit,
         ddp_timeout=round(60 * options.timeout_minutes),
         report_to=options.report_to.split(","),
-        disable_tqdm=not options.tqdm,
+        disable_tqdm=True,  # ours is readable in a file too
         seed=options.seed,
     )
     options.device = arguments.device
@@ -486,6 +488,8 @@ def train(
         callbacks=[callback],
     )
     callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingProgress(options.tqdm))
     if options.resume_from is not None:
         say(f"going on from {options.resume_from}")
     with using_attention(model, attention_in_training(options)):

@@ -165,7 +165,7 @@ def test_screen(run_of, method):
     """At most 15 lines before the first step; scores and gain at the end; no library's warning."""
     output, folder = run_of(method)
     lines = output.splitlines()
-    first_step = next(number for number, line in enumerate(lines) if "'loss'" in line)
+    first_step = next(number for number, line in enumerate(lines) if ": loss " in line)
     assert first_step <= 15, output
     assert "Warning" not in output
     before, after = (read_evaluation(folder, name)["anls"] for name in ("eval_before", "eval_after"))
