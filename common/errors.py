@@ -1,13 +1,32 @@
-"""The error that is the user's to mend: one line, no traceback."""
+"""Errors: those that are the user's to mend, one line and no traceback, and how a process ends that has one."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+
+# torchrun ends all processes when one has ended, and shows the error that was written down first.
+SECONDS_TO_END = 15  # a process with an error is gone by then, whatever hangs on its way out
+SECONDS_FOR_THE_FIRST = 20  # and by then torchrun has ended those that only lost their connection to it
+
+# How a lost connection reads where it is no error of a kind of its own.
+LOST = re.compile(r"gloo|Connection (closed|reset) by peer|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+_options: argparse.Namespace | None = None
 
 
 class UserError(ValueError):
@@ -15,12 +34,16 @@ class UserError(ValueError):
 
     A loader's worker process hands an error on as a text with its traceback; the last line of that
     text is the message as it was raised, and that is what is kept.
+
+    Args:
+        everywhere: raised on every process alike, so that the first one tells.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, everywhere: bool = False) -> None:
         prefix = f"{type(self).__module__}.{type(self).__name__}: "
         lines = message.strip().splitlines() or [""]
         super().__init__(lines[-1].removeprefix(prefix) if prefix in message else message)
+        self.everywhere = everywhere
 
 
 def is_first_process() -> bool:
@@ -48,11 +71,18 @@ def raise_all(problems: Sequence[str]) -> None:
     raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def note_options(options: argparse.Namespace) -> None:
+    """Remember a run's options, for what is said when memory runs out."""
+    global _options
+    _options = options
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; torchrun's summary shows the first process's error.
+    """Run a script's `main`; torchrun's summary shows the error that came first, of whichever process.
 
     A `UserError` ends the script with exit code 2 and its message alone. Until the processes are
     joined all of a node's find the same fault and its first one tells; later the one that found it does.
+    Where memory runs out, what to change is said below the traceback.
     """
 
     @record
@@ -60,8 +90,126 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            if _tells(error):
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            _end(str(error), 2)
+        except Exception as error:
+            if is_out_of_memory(error):
+                traceback.print_exc()
+                advice = f"process {rank_and_world()[0]}: {advise(error, _options)}"
+                print(f"error: {advice}", file=sys.stderr, flush=True)
+                _end(advice, 1)
+            if comes_of_another(error):
+                time.sleep(SECONDS_FOR_THE_FIRST)
+            _end_in_time()
+            raise
 
     guarded()
+
+
+def _tells(error: UserError) -> bool:
+    if dist.is_initialized():
+        return is_first_process() or not error.everywhere
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def _end(message: str, code: int) -> None:
+    """Leave a message for torchrun's summary, as `record` does with a traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
+    _end_in_time()
+    sys.exit(code)
+
+
+def _end_in_time() -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process without Python's help
+        signal.alarm(SECONDS_TO_END)
+
+
+def comes_of_another(error: Exception) -> bool:
+    """Whether an error may be nothing but the end of another process."""
+    return rank_and_world()[1] > 1 and (isinstance(error, dist.DistError) or bool(LOST.search(str(error))))
+
+
+# --- out of memory
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, a GPU's or the machine's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(NO_MEMORY.search(str(error)))
+
+
+def advise(error: Exception, options: argparse.Namespace | None) -> str:
+    """What was asked for, what was held, and what to change of the options, with their present values."""
+    text = str(error)
+
+    def gigabytes(pattern: str) -> float | None:
+        found = re.search(pattern.replace("N", r"([\d.]+) (bytes|[KMGT]iB)"), text)
+        return float(found[1]) * UNITS[found[2]] / 1e9 if found else None
+
+    asked = gigabytes(r"(?:ried|nable) to allocate N")
+    size, free = gigabytes("total capacity of N"), gigabytes("of which N is free")
+    held, unused = gigabytes("this process has N"), gigabytes("N is reserved by PyTorch but unallocated")
+    on_gpu = not isinstance(error, MemoryError) and "CPUAllocator" not in text
+    if size is None and on_gpu and torch.cuda.is_available():
+        size, held = torch.cuda.get_device_properties().total_memory / 1e9, torch.cuda.memory_reserved() / 1e9
+    if not on_gpu:
+        page = os.sysconf("SC_PAGE_SIZE")
+        size = os.sysconf("SC_PHYS_PAGES") * page / 1e9
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e9
+    figures = {"{:.2f} GB were asked for": asked, "this process held {:.2f} GB": held}
+    figures |= {"of which {:.2f} GB were reserved and unused": unused, "{:.2f} GB were free": free}
+    figures |= {f"the {'GPU' if on_gpu else 'machine'} has {{:.1f}} GB": size}
+    told = "out of memory: " + ", ".join(form.format(value) for form, value in figures.items() if value is not None)
+    if options is None:
+        return told
+    evaluating = options.eval_only or any(
+        frame.filename == str(Path(__file__).with_name("evaluation.py"))
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
+    names = ("batch_size_per_gpu", "max_tokens_per_gpu", "num_crops", "gradient_checkpointing")
+    names = ("eval_batch_size_per_gpu", "num_crops") if evaluating else names
+    given = " ".join(f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None)
+    told += f". This was {'evaluation' if evaluating else options.method + ' fine-tuning'} with {given}"
+    remedies = list(_remedies(options, evaluating))
+    if unused is not None and asked is not None and unused > asked:
+        remedies.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments")
+    if on_gpu:
+        plan = f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
+        plan += f" --method {options.method} --batch_size {options.batch_size} --num_crops {options.num_crops}"
+        remedies.append(f"what fits is shown by {plan}{' --bf16' if options.bf16 else ''}")
+    elif options.num_processes > 1:
+        remedies.append(f"fewer processes on this machine than {os.environ.get('LOCAL_WORLD_SIZE', '1')}")
+    return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in remedies)
+
+
+def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
+    """Options that need less memory, those first that change no result."""
+
+    def smaller(name: str, value: int, because: str = "") -> str:
+        return f"--{name} {value} instead of {getattr(options, name)}{because}"
+
+    if evaluating:
+        if options.eval_batch_size_per_gpu > 1:
+            yield smaller("eval_batch_size_per_gpu", options.eval_batch_size_per_gpu // 2)
+    else:
+        if options.gradient_checkpointing != "full":
+            yield f"--gradient_checkpointing full instead of {options.gradient_checkpointing}"
+        at_once = options.batch_size_per_gpu
+        if options.max_tokens_per_gpu is not None:
+            yield smaller("max_tokens_per_gpu", options.max_tokens_per_gpu // 2, " (the step stays the same)")
+        elif at_once > 1:  # of which the batch stays a multiple
+            divisor = max(size for size in range(1, at_once) if at_once % size == 0)
+            yield smaller("batch_size_per_gpu", divisor, " (the step stays the same)")
+        if options.max_crops_per_call is None and not options.freeze_vision_model:
+            yield "--max_crops_per_call 4 instead of all of a batch's"
+        if options.method in ("full", "frozen"):
+            if not options.deepspeed and str(options.device) != "cpu":
+                yield "--deepspeed ds_configs/zero2_offload.json, which keeps the optimizer's state off the GPU"
+            yield f"--use_lora instead of {options.method} fine-tuning"
+        elif options.method == "lora":
+            yield "--use_qlora instead of --use_lora"
+    if options.num_crops > 1:
+        yield smaller("num_crops", options.num_crops // 2, " (less detail of a picture)")

@@ -1,0 +1,418 @@
+"""What goes wrong while a run lasts is told: steps that are not finite, processes that are slow or die, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from common import errors, watching
+from common.errors import UserError, advise, comes_of_another, is_out_of_memory, run
+from common.watching import Watchdog, WatchedTrainer, in_words
+from tests.failing import NO_MEMORY, options_of
+from tests.launch import REPOSITORY, run_script
+from tests.resumable import STEPS, AtStep
+from tests.watched import SLOW, keys_of, make_trainer, spoil
+
+TESTS = REPOSITORY / "tests"
+
+
+class NotStopping:
+    """Of a process that receives no signal."""
+
+    at_step_end = contextlib.nullcontext
+
+    def agreed(self, device):
+        return False
+
+
+# Steps that are not finite
+
+
+def train(folder: Path, bad=(), fault=1, packs=False, callbacks=(), **given) -> WatchedTrainer:
+    trainer = make_trainer(folder, NotStopping(), packs, **given)
+    spoil(trainer.train_dataset, bad, fault=fault, packs=packs)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def checkpoints_of(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("fault", "loss"), [(1, "nan"), (2, r"[\d.]+")], ids=["loss", "gradient"])
+def test_bad_steps_in_a_row_end_the_run_with_their_examples(tmp_path, capsys, packs, fault, loss):
+    """In the second epoch and across its end; the examples are those that the data set was asked for."""
+    with pytest.raises(UserError) as raised:
+        train(tmp_path, bad=[9, 10, 11], fault=fault, packs=packs)
+    told = str(raised.value)
+    assert raised.value.everywhere  # or every process would print the same
+    assert re.search(rf"^  - step 9: loss {loss}, gradient norm nan, examples of process 0: row ", told, re.MULTILINE)
+    assert [int(step) for step in re.findall(r"^  - step (\d+)", told, re.MULTILINE)] == [9, 10, 11]
+    assert "smaller --learning_rate than 0.01" in told
+    for line, step in zip(re.findall(r"process 0: (.*)", told), (9, 10, 11), strict=True):
+        expected = []
+        for number, keys in enumerate(keys_of(step, packs, 0, 1)):
+            rows = dict.fromkeys(f"row {key.index}" for key in keys)
+            spoiled = rows.keys() & {f"row {key.index}" for key in keys_of(step, packs, 0, 1)[0][:1]}
+            assert number > 0 or spoiled
+            expected.append(", ".join(rows) + (" (loss nan)" if fault == 1 and spoiled else ""))
+        assert line == " | ".join(expected)
+    assert checkpoints_of(tmp_path) == list(range(1, 9))
+    assert capsys.readouterr().out.count("left out step ") == 3
+
+
+def test_a_bad_step_is_left_out(tmp_path, capsys):
+    """Weights and the optimizer's state stay as they were, and the run and its log go on."""
+    seen = []
+
+    def look():
+        state = trainer.optimizer.state_dict()["state"].values()
+        seen.append([*(p.detach().clone() for p in trainer.model.parameters())])
+        seen[-1] += [value.clone() for one in state for value in one.values()]
+
+    trainer = make_trainer(tmp_path, NotStopping(), max_bad_steps=2, max_steps=8)
+    spoil(trainer.train_dataset, [3, 5, 7])  # never two in a row
+    for step in range(2, 9):
+        trainer.add_callback(AtStep(step, look))  # before it, so after the one before
+    trainer.train()
+    after = dict(enumerate(seen, start=1))
+    for step in range(2, 8):
+        same = all(torch.equal(one, other) for one, other in zip(after[step - 1], after[step], strict=True))
+        assert same == (step in (3, 5, 7)), step
+    assert checkpoints_of(tmp_path) == [1, 2, 4, 6, 8]
+    assert "checkpoint-5 is not written" in capsys.readouterr().out
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert [math.isfinite(loss) for loss in losses] == [True, False, False, False]  # of steps 1-2, 3-4, 5-6, 7-8
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_resumed_after_a_bad_step(tmp_path):
+    """As if never interrupted, with the bad step before the checkpoint and after it."""
+    bad = [3, 5]
+    whole = train(tmp_path / "whole", bad)
+    again = make_trainer(tmp_path / "again", NotStopping())
+    spoil(again.train_dataset, bad)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert [line.get("loss") for line in whole.state.log_history if line["step"] > 6] == [
+        line.get("loss") for line in again.state.log_history if line["step"] > 6
+    ]
+
+
+def test_ordinary_skips_of_the_loss_scaler_do_not_count(tmp_path):
+    """At scales 8, 4 and 2 a smaller one may help, at 1 and below none would: the fourth to the sixth step count."""
+
+    def scaled(fault):
+        folder = tmp_path / str(fault)
+        trainer = make_trainer(folder, NotStopping())
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        spoil(trainer.train_dataset, range(1, STEPS + 1), fault=fault)
+        with pytest.raises(UserError) as raised:
+            trainer.train()
+        return [int(step) for step in re.findall(r"- step (\d+)", str(raised.value))], checkpoints_of(folder)
+
+    assert scaled(fault=2) == ([4, 5, 6], [1, 2, 3])
+    assert scaled(fault=1) == ([1, 2, 3], [])  # no scale mends a loss
+
+
+@pytest.mark.parametrize(
+    "method",
+    [(), pytest.param(("--deepspeed", "ds_configs/zero2.json", "--bf16"), marks=pytest.mark.long)],
+    ids=["ddp", "zero2 in bfloat16"],
+)
+def test_bad_steps_of_two_processes(tmp_path, method):
+    """The second process has the bad examples: both leave the same steps out and end, and one of them tells."""
+    ended = run_script(TESTS / "watched.py", tmp_path, "--bad", 3, 11, 12, 13, *method)
+    assert ended.returncode != 0
+    assert "TRAINED" not in ended.stdout
+    assert len(re.findall(r"^left out step 3: ", ended.stdout, re.MULTILINE)) == 1
+    assert ended.stdout.count("error: loss or gradient norm was not finite in 3 steps in a row") == 1
+    for step in (11, 12, 13):
+        (line,) = re.findall(rf"^  - step {step}: (.*)", ended.stdout.split("error: ")[1], re.MULTILINE)[:1]
+        for rank in (0, 1):
+            expected = " | ".join(
+                ", ".join(f"row {key.index}" for key in keys) for keys in keys_of(step, False, rank, 2)
+            )
+            assert f"examples of process {rank}: {expected}" in line.replace(" (loss nan)", "")
+    root = root_cause(ended.stdout)
+    assert "3 steps in a row" in root
+    assert "exitcode  : 2" in root
+    assert checkpoints_of(tmp_path) == [1, 2, *range(4, 11)]
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "checkpoint-10" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+# The watchdog
+
+
+class Clock:
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(watching.time, "monotonic", lambda: self.now)
+
+
+def test_slow_is_ten_times_the_median_and_half_a_minute(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    watchdog = Watchdog()
+
+    def told_at(*seconds):
+        """The seconds after the beginning, of those given, at which something is said."""
+        began, found = clock.now, []
+        for second in seconds:
+            clock.now = began + second
+            watchdog._look()
+            if text := capsys.readouterr().out:
+                found.append((second, text))
+        return found
+
+    for step, taken in enumerate((60, 4, 6, 4), start=1):
+        watchdog.begin("step", f"step {step}")
+        assert told_at(taken) == []  # the first one is long, and nobody knows yet what is usual
+    watchdog.begin("step", "step 5")
+    watchdog.at("at micro-batch 2 of 8")
+    ((second, text), *more) = told_at(49, 50, 51, 99, 100, 150, 199, 200)
+    assert second == 50
+    assert text == "step 5 has taken 50 s, 10 times the median of 5 s: the process is at micro-batch 2 of 8\n"
+    assert [second for second, _ in more] == [100, 200]
+    for number in range(4):  # an evaluation is no step, and is compared with other ones
+        watchdog.begin("evaluation", f"evaluation {number}")
+        assert told_at(500, 900) == []
+        watchdog.begin("step", "a step")
+        assert told_at(1) == []
+    watchdog.begin("evaluation", "evaluation 4")
+    assert [second for second, _ in told_at(8000, 9000)] == [9000]
+    for _ in range(60):
+        watchdog.begin("step", "a step")
+        clock.now += 1
+    watchdog.begin("step", "a step")  # of a second now, for old ones are forgotten
+    assert [second for second, _ in told_at(29, 30)] == [30]
+
+
+def test_who_is_behind_in_words():
+    waiting, last = (4, "at micro-batch 2 of 8 (waiting for data)"), (16, "at micro-batch 8 of 8")
+    assert in_words([last, last, last, waiting]) == f"process 3 is {waiting[1]}, the others are {last[1]}"
+    assert in_words([waiting, last]) == f"process 0 is {waiting[1]}, the other is {last[1]}"
+    assert in_words([last, last]) == f"all processes are {last[1]}"
+    told = in_words([(17, "writing a checkpoint"), waiting, last, waiting])
+    assert told == f"processes 1, 3 are {waiting[1]}, process 2 is {last[1]}, process 0 is writing a checkpoint"
+
+
+def test_places_are_read_without_waiting():
+    store = dist.HashStore()
+    first, second = (Watchdog(rank, 3, store, poll_seconds=0.01) for rank in (0, 1))
+    first.at("at the end of the step")
+    with second:
+        second.at("evaluating")
+        deadline = time.monotonic() + 60
+        while first._places()[1] != (1, "evaluating") and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert first._places() == [(1, "at the end of the step"), (1, "evaluating"), (-1, "not heard of")]
+    assert not second._thread.is_alive()
+
+
+def test_a_broken_store_does_not_end_the_run():
+    class Broken:
+        def set(self, key, value):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    with Watchdog(1, 2, Broken(), poll_seconds=0.01) as watchdog:
+        for _ in range(100):
+            watchdog.at("at micro-batch 1 of 1")
+            time.sleep(0.001)
+
+
+def test_the_process_that_is_behind_is_named(tmp_path):
+    """The second process waits for its second micro-batch; an evaluation before, as long, is no slow step."""
+    ended = run_script(TESTS / "watched.py", tmp_path, "--slow", 8)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    lines = re.findall(r"^.* times the median of .*$", ended.stdout, re.MULTILINE)
+    behind = [line for line in lines if line.startswith("step 8 has taken ")]
+    assert behind, ended.stdout[-3000:]
+    assert "process 1 is at micro-batch 2 of 2 (waiting for data), the other is at micro-batch 2 of 2" in behind[0]
+    assert "the evaluation" not in "".join(lines)
+    assert float(re.search(r"taken (\d+) s", behind[0])[1]) >= SLOW / 2 - 0.5
+
+
+# A process that dies
+
+
+def root_cause(output: str) -> str:
+    """What torchrun's summary names as the first failure."""
+    return output.rpartition("Root Cause (first observed failure):")[2]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("error", ("exitcode  : 1", "KeyError: 'what went wrong first'")),
+        ("killed", ("exitcode  : -9", "Signal 9 (SIGKILL)")),
+        ("user", ("exitcode  : 2", "traceback : data.parquet, row 7: there is no image")),
+        ("memory", ("exitcode  : 1", "traceback : process 1: out of memory: 2.15 GB were asked for")),
+        pytest.param("exit", ("exitcode  : 3",), marks=pytest.mark.long),
+        pytest.param("stuck", ("KeyError: 'what went wrong first'",), marks=pytest.mark.long),
+    ],
+)
+def test_one_process_dies(how, expected):
+    """The other one, which waits for it, ends too, and what torchrun names is the first error."""
+    ended = run_script(TESTS / "failing.py", how)
+    taken = time.time() - float(re.search(r"^FAILED (.*)", ended.stdout, re.MULTILINE)[1])
+    assert ended.returncode == 1
+    assert taken < 60, ended.stdout[-3000:]
+    root = root_cause(ended.stdout)
+    assert "rank      : 1 (local_rank: 1)" in root, ended.stdout[-3000:]
+    for text in expected:
+        assert text in root
+    if how == "user":
+        assert "error: data.parquet, row 7: there is no image\n" in ended.stdout
+        assert "in end\n" not in ended.stdout  # no traceback
+    if how == "memory":
+        assert "in end\n" in ended.stdout  # a script may be edited
+        assert "  - --gradient_checkpointing full instead of none\n" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Broken pipe"), True),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited"), True),
+        (dist.DistStoreError("wait timeout after 600000ms"), True),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), False),
+        (torch.OutOfMemoryError(NO_MEMORY), False),
+    ],
+)
+def test_what_may_come_of_another_process(monkeypatch, error, expected):
+    assert not comes_of_another(error)  # a process alone has no other
+    monkeypatch.setattr(errors, "rank_and_world", lambda: (0, 2))
+    assert comes_of_another(error) == expected
+
+
+def test_a_lost_connection_waits_for_the_first_error(monkeypatch):
+    waited = []
+    monkeypatch.setattr(errors, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    for error in (RuntimeError("Connection closed by peer"), KeyError("first")):
+        with pytest.raises(type(error)):
+            run(lambda error=error: (_ for _ in ()).throw(error))
+    assert waited == [errors.SECONDS_FOR_THE_FIRST]
+    # what has failed itself is gone before, and all of it is within the minute
+    assert errors.SECONDS_TO_END < errors.SECONDS_FOR_THE_FIRST
+    assert errors.SECONDS_FOR_THE_FIRST + errors.SECONDS_TO_END < 60
+
+
+def test_the_error_that_all_have_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for rank, everywhere, expected in ((0, True, 1), (1, True, 0), (1, False, 1)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+
+        def fails(everywhere=everywhere):
+            raise UserError("what is wrong", everywhere=everywhere)
+
+        with pytest.raises(SystemExit):
+            run(fails)
+        assert capsys.readouterr().err.count("error: what is wrong\n") == expected
+
+
+# Out of memory
+
+ON_CPU = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "400000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError(NO_MEMORY), True),
+        (RuntimeError(ON_CPU), True),
+        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_is_out_of_memory(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
+def test_real_errors_of_cpu_allocators_are_known():
+    for allocate in (lambda: torch.empty(10**17, dtype=torch.uint8), lambda: torch.empty(2**46).numpy().copy()):
+        with pytest.raises((RuntimeError, MemoryError)) as raised:
+            allocate()
+        assert is_out_of_memory(raised.value)
+        assert re.match(
+            r"out of memory: [\d.]+ GB were asked for, this process held [\d.]+ GB, the machine has [\d.]+",
+            advise(raised.value, None),
+        )
+
+
+def test_out_of_memory_tells_numbers_and_options():
+    """GiB of the error are GB of 1e9 bytes here, as --gpu_memory is."""
+    told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of())
+    figures, *remedies = told.splitlines()
+    assert figures == (
+        "out of memory: 2.15 GB were asked for, this process held 83.32 GB, of which 3.44 GB were reserved and unused, "
+        "1.61 GB were free, the GPU has 84.9 GB. This was full fine-tuning with --batch_size_per_gpu 4 --num_crops 16 "
+        "--gradient_checkpointing none. What needs less memory:"
+    )
+    assert remedies == [
+        "  - PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments",
+        "  - --gradient_checkpointing full instead of none",
+        "  - --batch_size_per_gpu 2 instead of 4 (the step stays the same)",
+        "  - --max_crops_per_call 4 instead of all of a batch's",
+        "  - --deepspeed ds_configs/zero2_offload.json, which keeps the optimizer's state off the GPU",
+        "  - --use_lora instead of full fine-tuning",
+        "  - --num_crops 8 instead of 16 (less detail of a picture)",
+        "  - what fits is shown by python -m tools.plan --gpu_memory 85 --gpus 8 --method full --batch_size 64 "
+        "--num_crops 16 --bf16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "absent"),
+    [
+        ({"gradient_checkpointing": "full", "batch_size_per_gpu": 1}, "--use_lora", "gradient_checkpointing full inst"),
+        ({"max_tokens_per_gpu": 9000}, "--max_tokens_per_gpu 4500 instead of 9000", "--batch_size_per_gpu 2"),
+        ({"batch_size_per_gpu": 9}, "--batch_size_per_gpu 3 instead of 9", "--batch_size_per_gpu 4"),
+        ({"method": "lora"}, "--use_qlora instead of --use_lora", "zero2_offload"),
+        ({"method": "qlora", "num_crops": 1}, "--method qlora", "less detail"),
+        ({"eval_only": True}, "--eval_batch_size_per_gpu 2 instead of 4", "--batch_size_per_gpu 2"),
+    ],
+)
+def test_only_what_can_be_changed_is_advised(given, there, absent):
+    told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of(**given))
+    assert there in told
+    assert absent not in told
+
+
+def test_an_evaluation_between_steps_is_known_by_where_it_ran():
+    from common import evaluation
+
+    code = compile("def fails(error):\n    raise error", evaluation.__file__, "exec")
+    exec(code, names := {})
+    error = torch.OutOfMemoryError(NO_MEMORY)
+    with pytest.raises(torch.OutOfMemoryError):
+        names["fails"](error)
+    assert "This was evaluation with --eval_batch_size_per_gpu 4" in advise(error, options_of())
+
+
+def test_the_advised_plan_is_a_command_that_works(capsys):
+    from tools import plan
+
+    told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of())
+    words = told.rpartition("python -m tools.plan ")[2].split()
+    assert plan.parse(words).gpu_memory == 85
