@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from .collation import Example, encode_questions
+from .collation import Example, Turn, encode_questions
 from .errors import UserError, is_first_process
 from .phi3v import Phi3VProcessor
 
@@ -523,6 +524,14 @@ class ExampleKey(NamedTuple):
     weight: float
 
 
+class Problem(NamedTuple):
+    """What is wrong with an example; `text` names its place."""
+
+    index: int
+    epoch: int
+    text: str
+
+
 class ExampleDataset(torch.utils.data.Dataset):
     """Examples by number; whatever is drawn by chance depends on the seed, the epoch and the number alone.
 
@@ -535,6 +544,11 @@ class ExampleDataset(torch.utils.data.Dataset):
         seed: of all draws.
         pictures: for every example the number of its pictures, where examples with the same ones are to
             share them (`number_pictures`).
+
+    Attributes:
+        max_tokens: of an example, the model's limit; None for no limit.
+        skips_bad: whether a filler takes the place of an example that cannot be made (`--bad_examples skip`);
+            else it is an error.
     """
 
     def __init__(
@@ -550,22 +564,77 @@ class ExampleDataset(torch.utils.data.Dataset):
         self.processor = processor
         self.seed = seed
         self.pictures = pictures
+        self.max_tokens: int | None = None
+        self.skips_bad = False
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, key: ExampleKey | int | list[ExampleKey]) -> dict[str, Any] | list[dict[str, Any]]:
-        """An encoded example with its `loss_weight`; for a list of keys, a group about the same pictures, each one."""
+        """An encoded example with its `loss_weight`; for a list of keys, a group about the same pictures, each one.
+
+        Raises:
+            UserError: an example that cannot be made, unless such are skipped. Then a few tokens without a picture
+                stand for it, with weight 0 and a `problem`.
+        """
         if not isinstance(key, list):
             return self[[key if isinstance(key, ExampleKey) else ExampleKey(key, 0, 1.0)]][0]
+        try:
+            return self._encode(key)
+        except UserError as error:
+            if not self.skips_bad:
+                raise
+            if len(key) > 1:
+                return [self[one] for one in key]  # each by itself, for some may be good
+            (filler,) = encode_questions(self.processor, [Example("filler", [Turn("", "-")])])
+            problem = Problem(key[0].index, key[0].epoch, str(error))
+            return [{**filler, "loss_weight": 0.0, "problem": problem}]
+
+    def _encode(self, keys: Sequence[ExampleKey]) -> list[dict[str, Any]]:
         with opening_images_by(functools.cache(open_pixels)):  # every picture decoded once, and the same object
-            examples = [self.example(one.index, one.epoch) for one in key]
-        encoded = zip(encode_questions(self.processor, examples), key, strict=True)
-        return [{**example, "loss_weight": one.weight} for example, one in encoded]
+            examples = [self.example(one.index, one.epoch) for one in keys]
+        encoded = encode_questions(self.processor, examples)
+        if self.max_tokens is not None:
+            for example, one in zip(examples, encoded, strict=True):
+                check_length(example.id, len(one["input_ids"]), self.max_tokens)
+        return [{**one, "loss_weight": key.weight} for one, key in zip(encoded, keys, strict=True)]
 
     def example(self, index: int, epoch: int) -> Example:
-        """The example as it is drawn in that epoch."""
-        return self.make_example(index, random.Random(f"{self.seed}-{epoch}-{index}"))
+        """The example as it is drawn in that epoch.
+
+        Raises:
+            UserError: an example that cannot be made.
+        """
+        generator = random.Random(f"{self.seed}-{epoch}-{index}")
+        return made(functools.partial(self.make_example, index, generator), index)
+
+
+def made(make: Callable[[], Example], index: int) -> Example:
+    """The example that `make` makes; what goes wrong in it, as where a row has no value, as an error for the user.
+
+    Raises:
+        UserError: with the example's number and the line of code that failed.
+    """
+    try:
+        return make()
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:2]
+        where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})" for frame in frames)
+        raise UserError(
+            f"example {index} cannot be made of its row: {type(error).__name__}: {one_line(error)}{where}"
+        ) from error
+
+
+def check_length(place: str, tokens: int, limit: int) -> None:
+    """Check an example's length against the model's limit.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if tokens > limit:
+        raise UserError(f"{place}: {tokens} tokens, the model takes {limit}: lower --num_crops, or leave it out")
 
 
 def loader_context(num_workers: int) -> str | None:

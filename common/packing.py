@@ -16,7 +16,16 @@ import torch
 
 from .collation import Example, Turn, encode_example, prefix_length
 from .conversations import counting_processor
-from .data import ExampleDataset, ExampleKey, gather_in_order, loader_context, open_header, opening_images_by
+from .data import (
+    ExampleDataset,
+    ExampleKey,
+    Problem,
+    check_length,
+    gather_in_order,
+    loader_context,
+    open_header,
+    opening_images_by,
+)
 from .errors import UserError
 from .phi3v import Phi3VProcessor
 
@@ -33,14 +42,22 @@ class Questions:
             Questions that are not to share anything have a number each.
         picture_tokens: for every picture the tokens that its questions share.
         own_tokens: for every question the tokens that it adds, its answer's included.
+        numbers: every question's in the data set; None where they are all there, in order.
+        problems: of the data set's questions that are not among these, because they cannot be made.
     """
 
     pictures: Sequence[int]
     picture_tokens: Sequence[int]
     own_tokens: Sequence[int]
+    numbers: Sequence[int] | None = None
+    problems: Sequence[Problem] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def number(self, question: int) -> int:
+        """A question's number in the data set."""
+        return question if self.numbers is None else self.numbers[question]
 
     def tokens(self, group: Group) -> int:
         """Tokens of some questions about one picture, the picture's counted once."""
@@ -61,17 +78,25 @@ class _Lengths(torch.utils.data.Dataset):
         self.dataset, self.epochs = dataset, epochs
         self.counting = counting_processor(processor)
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
+    def __getitem__(self, index: int) -> tuple[int, int] | Problem:
         lengths = []
         with opening_images_by(functools.cache(open_header)):
             for epoch in range(self.epochs):  # what is drawn for it, and so its length, may differ
-                example = self.dataset.example(index, epoch)
-                turns = [
-                    Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns
-                ]
-                ids = encode_example(self.counting, Example(example.id, turns))["input_ids"]
-                lengths.append((prefix_length(ids, self.counting.image_token_id), len(ids)))
+                try:
+                    lengths.append(self._measure(index, epoch))
+                except UserError as error:
+                    if not self.dataset.skips_bad:
+                        raise
+                    return Problem(index, epoch, str(error))
         return max(prefix for prefix, _ in lengths), max(length for _, length in lengths)
+
+    def _measure(self, index: int, epoch: int) -> tuple[int, int]:
+        example = self.dataset.example(index, epoch)
+        turns = [Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns]
+        ids = encode_example(self.counting, Example(example.id, turns))["input_ids"]
+        if self.dataset.max_tokens is not None:
+            check_length(example.id, len(ids), self.dataset.max_tokens)
+        return prefix_length(ids, self.counting.image_token_id), len(ids)
 
 
 def measure_questions(
@@ -86,7 +111,8 @@ def measure_questions(
     """What the sampler must know of a data set, its pictures' headers read and nothing decoded.
 
     Every process measures its share. Where something is drawn by chance, as one of several accepted
-    answers, the longest of the run's epochs counts.
+    answers, the longest of the run's epochs counts. Where bad examples are skipped, one that cannot be made
+    in any of the epochs is left out of all.
 
     Args:
         dataset: with its `pictures` where they are to be shared.
@@ -95,6 +121,9 @@ def measure_questions(
         epochs: of the run.
         rank, world: this process and how many there are.
         num_workers: loader processes.
+
+    Raises:
+        UserError: an example that cannot be made, unless such are skipped.
     """
     own = range(rank, len(dataset), world)
     num_workers = min(num_workers, len(own))
@@ -106,16 +135,21 @@ def measure_questions(
         multiprocessing_context=loader_context(num_workers),
         collate_fn=list,
     )
-    lengths = gather_in_order([pair for batch in loader for pair in batch], world)
+    measured = gather_in_order([one for batch in loader for one in batch], world)
+    problems = [one for one in measured if isinstance(one, Problem)]
+    numbers = [number for number, one in enumerate(measured) if not isinstance(one, Problem)]
+    lengths = [measured[number] for number in numbers]
     if dataset.pictures is None:
-        return Questions(range(len(lengths)), [0] * len(lengths), [length for _, length in lengths])
-    numbers: dict[tuple[int, bool], int] = {}
+        own_tokens = [length for _, length in lengths]
+        return Questions(range(len(lengths)), [0] * len(lengths), own_tokens, numbers, problems)
+    of_picture: dict[tuple[int, bool], int] = {}
     pictures, picture_tokens = [], []
-    for picture, (prefix, length) in zip(dataset.pictures, lengths, strict=True):
-        pictures.append(numbers.setdefault((picture, length > rope_threshold), len(numbers)))
-        if len(picture_tokens) < len(numbers):
+    for number, (prefix, length) in zip(numbers, lengths, strict=True):
+        picture = dataset.pictures[number]
+        pictures.append(of_picture.setdefault((picture, length > rope_threshold), len(of_picture)))
+        if len(picture_tokens) < len(of_picture):
             picture_tokens.append(prefix)
-    return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths])
+    return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths], numbers, problems)
 
 
 class PackedBatchSampler:
@@ -163,8 +197,8 @@ class PackedBatchSampler:
         longest = max(range(len(questions)), key=alone.__getitem__)
         if alone[longest] > max_tokens:
             raise UserError(
-                f"--max_tokens_per_gpu {max_tokens}: example {longest} alone has about {alone[longest]} tokens; "
-                f"give at least {alone[longest]}, or fewer --num_crops"
+                f"--max_tokens_per_gpu {max_tokens}: example {questions.number(longest)} alone has about "
+                f"{alone[longest]} tokens; give at least {alone[longest]}, or fewer --num_crops"
             )
         self.shortest = min(range(len(questions)), key=alone.__getitem__)
         # the first question about each picture stands for it in the shuffle
@@ -193,8 +227,11 @@ class PackedBatchSampler:
             for pack in packs[self.rank :: self.world]:
                 share = sum(map(len, pack)) / num_questions
                 weight = share * self.micro_steps * self.world
-                keys = [[ExampleKey(question, self.epoch, weight) for question in group] for group in pack]
-                yield keys or [[ExampleKey(self.shortest, self.epoch, 0.0)]]
+                keys = [[self._key(question, weight) for question in group] for group in pack]
+                yield keys or [[self._key(self.shortest, 0.0)]]
+
+    def _key(self, question: int, weight: float) -> ExampleKey:
+        return ExampleKey(self.questions.number(question), self.epoch, weight)
 
     def global_batches(self, epoch: int) -> Iterator[list[Group]]:
         """An epoch's global batches, whose groups fit into a pack each."""
