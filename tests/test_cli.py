@@ -221,12 +221,13 @@ def test_packs_need_no_equal_division(monkeypatch, tmp_path, arguments):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_packing_is_of_all_scripts_and_sharing_of_two(monkeypatch, tmp_path, script):
-    assert parse(monkeypatch, tmp_path, "--max_tokens_per_gpu", 9000, script=script).packs
+    where = ("--data_dir", tmp_path)
+    assert parse(monkeypatch, tmp_path, "--max_tokens_per_gpu", 9000, *where, script=script).packs
     if script in (docvqa, nlvr2):
         assert parse(monkeypatch, tmp_path, "--share_images", script=script).packs
     else:
         with pytest.raises(UserError, match="unrecognized arguments: --share_images"):
-            parse(monkeypatch, tmp_path, "--share_images", script=script)
+            parse(monkeypatch, tmp_path, "--share_images", *where, script=script)
 
 
 @pytest.mark.parametrize(

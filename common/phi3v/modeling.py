@@ -71,14 +71,12 @@ class Phi3VTower(nn.Module):
         trains = pixel_values.requires_grad or any(weight.requires_grad for weight in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             parts = pixel_values.split(self.max_crops_per_call or len(pixel_values))
-            return torch.cat([self._encode(part) for part in parts])
-
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.vision_model.embeddings(pixel_values)
-        hidden_states = self.vision_model.pre_layrnorm(hidden_states)
-        for layer in self.vision_model.encoder.layers[: self.num_layers_used]:
-            hidden_states = layer(hidden_states, None)
-        return hidden_states[:, 1:]
+            parts = [self.vision_model.pre_layrnorm(self.vision_model.embeddings(part)) for part in parts]
+            # Part by part within a layer, not layer by layer within a part: in the backward pass a weight's gradient is
+            # held until all its uses have added to it, which would be all layers' at once.
+            for layer in self.vision_model.encoder.layers[: self.num_layers_used]:
+                parts = [layer(part, None) for part in parts]
+            return torch.cat(parts)[:, 1:]
 
 
 class Phi3VImageEmbedding(nn.Module):
