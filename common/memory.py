@@ -52,10 +52,16 @@ class Setting:
     lora_rank: int = 64
     attention: str = "sdpa"
     deepspeed: str = DEEPSPEED
+    freeze_vision_model: bool = False
 
     @property
     def uses_lora(self) -> bool:
         return self.method in ("lora", "qlora")
+
+    @property
+    def freezes_vision(self) -> bool:
+        """Whether nothing of the image side trains, neither weights nor adapters."""
+        return self.method == "frozen" or self.freeze_vision_model
 
     @property
     def stored(self) -> int:
@@ -88,12 +94,10 @@ class Weights:
 
 
 @functools.lru_cache
-def count_weights(config: str, method: str, lora_rank: int, stored: int) -> Weights:
+def count_weights(config: str, method: str, lora_rank: int, stored: int, freezes_vision: bool = False) -> Weights:
     """What a method trains and keeps of the model of a configuration (as JSON), counted on the model itself."""
-    options = argparse.Namespace(
-        lora_rank=lora_rank, lora_alpha_ratio=1, lora_dropout=0.0, freeze_vision_model=method == "frozen"
-    )
-    options.model_name_or_path = ""
+    options = argparse.Namespace(lora_rank=lora_rank, lora_alpha_ratio=1, lora_dropout=0.0, model_name_or_path="")
+    options.freeze_vision_model = method == "frozen" or freezes_vision
     with torch.device("meta"):
         model: nn.Module = Phi3VForCausalLM(Phi3VConfig.from_dict(json.loads(config)))
         in_nf4 = {module.weight for module in model.modules() if type(module) is nn.Linear} - {model.lm_head.weight}
@@ -232,7 +236,7 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     yield Part("activations, decoder", "backward", kept, f"{rows} positions, {again_in_words}")
     pixels = 3 * tower.image_size**2 * views
     kept_image, about = 4 * pixels, f"{views} sub-images, nothing kept of a frozen tower"
-    if setting.method != "frozen":
+    if not setting.freezes_vision:
         one = tower_layer_kept(config, setting, patch_rows)
         state = setting.stored * patch_rows * width
         kept_image += stack_kept(setting, config.num_tower_layers_used, one, state)[0]
@@ -265,7 +269,8 @@ def read_zero_configuration(name: str) -> tuple[dict[str, Any], list[str]]:
 
 def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
     """A setting's parts."""
-    weights = count_weights(json.dumps(config.to_dict()), setting.method, setting.lora_rank, setting.stored)
+    shape = (setting.method, setting.lora_rank, setting.stored, setting.freezes_vision)
+    weights = count_weights(json.dumps(config.to_dict()), *shape)
     trained = sum(weights.trained)
     parts = [*activation_parts(config, setting)]
     if setting.uses_lora:
@@ -326,3 +331,49 @@ def peak(parts: Sequence[Part]) -> float:
 def needed(parts: Sequence[Part]) -> float:
     """The peak and what a GPU must have beyond it, in bytes."""
     return peak(parts) * (1 + FRAGMENTATION) + CUDA_CONTEXT
+
+
+# --- a run, as its options describe it
+
+
+def setting_of(options: argparse.Namespace, world: int, **sizes: int) -> Setting:
+    """The setting of a run of `world` processes; `sizes` are the fields of `Setting` that describe an example."""
+    names = ("method", "bf16", "gradient_checkpointing", "optim", "batch_size", "batch_size_per_gpu", "num_crops")
+    names += ("lora_rank", "attention", "freeze_vision_model")
+    given = {name: getattr(options, name) for name in names}
+    return Setting(**{**given, "gpus": world, "deepspeed": options.deepspeed or DEEPSPEED, **sizes})
+
+
+def estimated_peak(
+    options: argparse.Namespace, config: Phi3VConfig, world: int, share: float = 1.0, **sizes: int
+) -> float | None:
+    """What a run of `world` processes has allocated of a GPU at most, in GB: a training step, see `setting_of`, or
+    with `--eval_only` the weights. None where that is not estimated (ZeRO-3).
+
+    Args:
+        share: of what is not held all along, such as activations: 1 for the best estimate, less for what is certain.
+    """
+    setting = setting_of(options, world, **sizes)
+    if not setting.uses_lora and read_zero_configuration(setting.deepspeed)[1]:
+        return None
+    parts = estimate(config, setting)
+    if options.eval_only:
+        return sum(part.size for part in parts if part.name in ("weights", "weights, frozen", "adapters")) / 1e9
+    held = sum(part.size for part in parts if part.phase == "held")
+    return (held + share * (peak(parts) - held)) / 1e9
+
+
+def sizes_on_disk(options: argparse.Namespace, config: Phi3VConfig) -> tuple[int, int]:
+    """Bytes of the model that a run saves, and of one of its checkpoints; without the processor's files.
+
+    A checkpoint of adapters holds them and their optimizer's state; one of DeepSpeed's the weights twice (its own copy
+    and the safetensors), and of all processes together the float32 masters and the optimizer's state.
+    """
+    stored = options.precision.weights.itemsize
+    shape = (options.method, options.lora_rank, stored, options.freeze_vision_model)
+    weights = count_weights(json.dumps(config.to_dict()), *shape)
+    trained = sum(weights.trained)
+    if options.use_lora:
+        return 4 * trained, 4 * trained + sum(optimizer_bytes(options.optim, weights.trained))
+    model = stored * trained + weights.frozen_bytes
+    return model, 2 * model + 4 * trained + sum(optimizer_bytes(options.optim, [trained]))

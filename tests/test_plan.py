@@ -97,6 +97,17 @@ def test_weights_are_those_of_the_real_model(method):
         assert held["weights"] == sum(weight.nbytes for weight in model.parameters())
 
 
+def test_adapters_beside_a_frozen_image_side_are_those_of_the_real_model():
+    """And of its tower nothing is kept for the backward pass."""
+    config = small_config()
+    options = argparse.Namespace(lora_rank=RANK, lora_alpha_ratio=2, lora_dropout=0.0, model_name_or_path="")
+    options.freeze_vision_model = True
+    model = add_adapters(Phi3VForCausalLM(config), options)
+    parts = {part.name: part.size for part in estimate(config, setting_of("lora", freeze_vision_model=True))}
+    assert parts["adapters"] == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    assert parts["activations, image side"] == 4 * 2 * 3 * 336**2  # the pixels
+
+
 def test_weights_in_nf4_are_those_that_bitsandbytes_makes(tmp_path):
     """Packed weights and their scales, beside what stays as it is. (A table of 16 levels a weight is left out.)"""
     config = tiny_config()

@@ -1,0 +1,263 @@
+"""Before weights are loaded: everything that would stop a run after hours, found in seconds and told in one list."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib.metadata
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+from transformers import set_seed
+
+from .checkpoints import checkpoints_in, together
+from .cli import BITSANDBYTES_OPTIMIZERS, RUN_RECORD, files_of_run
+from .collation import Example, Turn, encode_example
+from .conversations import counting_processor
+from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
+from .errors import UserError, is_first_process, raise_all, rank_and_world, say
+from .files import INCOMPLETE
+from .loading import base_of_adapter, load_model, prepare_for_training
+from .memory import FRAGMENTATION, estimated_peak, sizes_on_disk
+from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from .phi3v.modeling import IGNORED_LABEL
+from .training import write_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
+SECONDS = 2.0  # a process decodes pictures; of the sample's others it reads the headers
+MOST_PROBLEMS = 20  # of examples, in one message
+TOKENS_PER_VIEW = 149  # about: 144 and its share of the separators
+CERTAIN = 0.7  # of the estimated activations; Liger's kernels and torch.compile keep less than the estimate says
+
+
+class Look(NamedTuple):
+    """What a process has seen of its share of the sample: how many examples, and the sizes of the longest."""
+
+    problems: list[str]
+    examples: int = 0
+    decoded: int = 0
+    tokens: int = 0
+    labelled: int = 0
+    views: int = 0
+
+
+def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options: argparse.Namespace) -> None:
+    """Check what a run needs, before weights are loaded; every process calls it once they are joined.
+
+    Libraries, GPU memory, disk space; of a sample of the examples that their pictures decode, that they have labels
+    and are not too long; that a shrunk model trained by this method comes back as it was saved.
+
+    Args:
+        dataset: to train on; None with `--eval_only`, when neither examples nor disk are looked at.
+        options: as `start` has left them.
+
+    Raises:
+        UserError: all problems of all processes, each once, on every process.
+    """
+    base = base_of_adapter(options.model_name_or_path) or options.model_name_or_path
+    config = Phi3VConfig.from_pretrained(base)
+    facts, shared, longest = ["libraries"], [], Look([])
+    own = version_problems(options)  # a process's own problems, beside those that are anybody's
+    if dataset is not None:
+        looks = together(lambda: look_at_examples(dataset, processor, config.max_position_embeddings))
+        longest = max(looks, key=lambda look: look.tokens)
+        found = [problem for look in looks for problem in look.problems]
+        number, decoded = (sum(getattr(look, name) for look in looks) for name in ("examples", "decoded"))
+        facts.append(f"{number} of {len(dataset)} examples ({decoded} decoded), of up to {longest.tokens} tokens")
+        if options.bad_examples == "skip":
+            facts += [f"{len(found)} of them bad"] if found else []
+        else:
+            shared += found[:MOST_PROBLEMS]
+            shared += [f"and {len(found) - MOST_PROBLEMS} more examples"] if len(found) > MOST_PROBLEMS else []
+    if options.device.type == "cuda":
+        own += memory_problems(options, config, longest, facts)
+    if dataset is not None and is_first_process():
+        shared += disk_problems(options, config, len(dataset), facts) + trial_problems(options, config, processor)
+        facts.append("a trial save and reload")
+    found_by_all = together(lambda: (shared, own))
+    set_seed(options.seed)  # whatever was drawn here, on the first process only
+    problems = dict.fromkeys(problem for found, _ in found_by_all for problem in found)
+    for problem in dict.fromkeys(problem for _, found in found_by_all for problem in found):
+        having = [str(rank) for rank, (_, found) in enumerate(found_by_all) if problem in found]
+        where = "" if len(having) == len(found_by_all) else f"process {', '.join(having)}: "
+        problems[where + problem] = None
+    if problems and is_first_process() and [file.name for file in files_of_run(options.output_dir)] == [RUN_RECORD]:
+        (options.output_dir / RUN_RECORD).unlink()  # nothing is begun, so other options may be tried
+    try:
+        raise_all(list(problems))
+    except UserError as error:
+        error.everywhere = True  # so that the first process tells
+        raise
+    say(f"checked: {'; '.join(facts)}")
+
+
+def version_problems(options: argparse.Namespace) -> list[str]:
+    """Libraries that these options use and that are missing or older than the requirements files say."""
+    names = {"torch", "transformers", "accelerate", "datasets"}
+    names |= {"peft"} if options.use_lora else set()
+    names |= {"deepspeed"} if not options.use_lora and not options.eval_only else set()
+    names |= {"bitsandbytes"} if options.use_qlora or options.optim in BITSANDBYTES_OPTIMIZERS else set()
+    names |= {"flash-attn"} if options.attention == "flash_attention_2" else set()
+    names |= {"liger-kernel"} if options.use_liger else set()
+    problems = []
+    for file in sorted(REPOSITORY.glob("requirements*.txt")):
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line and line[0] not in "#-"]
+        for needed in filter(lambda needed: needed.name in names, map(Requirement, lines)):
+            try:
+                version = importlib.metadata.version(needed.name)
+            except importlib.metadata.PackageNotFoundError:
+                problems.append(f"{needed.name} is not installed: pip install -r {file.name}")
+                continue
+            if not needed.specifier.contains(version, prereleases=True):
+                problems.append(f"{needed.name} {version} is installed, {needed} is needed: pip install -r {file.name}")
+    return problems
+
+
+# --- examples
+
+
+def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: int) -> Look:
+    """This process's share of the sample; its first example is encoded as for training, of others tokens are counted.
+
+    Args:
+        limit: the most tokens that the model takes.
+    """
+    rank, world = rank_and_world()
+    sample = sorted({round(number * (len(dataset) - 1) / (SAMPLE - 1)) for number in range(SAMPLE)})[rank::world]
+    counting, began = counting_processor(processor), time.monotonic()
+    problems, sizes, decoded = [], [(0, 0, 0)], 0
+    for index in sample:
+        opener = open_pixels if time.monotonic() - began < SECONDS else open_header
+        decoded += opener is open_pixels
+        try:
+            with opening_images_by(functools.cache(opener)):
+                example = dataset.example(index, 0)
+            turns = [Turn(turn.user, turn.assistant, [one.size for one in turn.images]) for turn in example.turns]
+            encoded = encode_example(counting, Example(example.id, turns))
+            encoded = dataset[index] if index == sample[0] else encoded
+            check_length(example.id, len(encoded["input_ids"]), limit)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        except Exception as error:  # of what an edited script makes, of many kinds
+            problems.append(f"example {index} cannot be encoded: {type(error).__name__}: {one_line(error)}")
+            continue
+        ids, labelled = encoded["input_ids"], int((encoded["labels"] != IGNORED_LABEL).sum())
+        sizes.append((len(ids), labelled, round(int((ids == processor.image_token_id).sum()) / TOKENS_PER_VIEW)))
+        if labelled == 0:
+            problems.append(f"{example.id}: no token of {len(ids)} is labelled, so there is nothing to learn from it")
+    return Look(problems, len(sample), decoded, *max(sizes))
+
+
+# --- memory and disk
+
+
+def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: Look, facts: list[str]) -> list[str]:
+    """Whether this process's GPU has room: a problem where it certainly has not, a warning where it may not have."""
+    _, world = rank_and_world()
+    repeats = max(1.0, (options.max_tokens_per_gpu or 0) / max(1, longest.tokens))  # such examples in a pack
+    sizes = {"tokens": max(1, longest.tokens), "answer_tokens": longest.labelled}
+    sizes["num_crops"] = max(1, longest.views - 1)  # all of an example's views, as if of one picture
+    sizes = {name: math.ceil(size * repeats) for name, size in sizes.items()}
+    needed, least = (estimated_peak(options, config, world, share, **sizes) for share in (1, CERTAIN))
+    if needed is None:
+        return []
+    free, total = (size / 1e9 for size in torch.cuda.mem_get_info(options.device))
+    facts.append(f"about {needed:,.2f} GB of GPU memory ({free:,.2f} GB free)")
+    what = "evaluation, for the weights alone," if options.eval_only else "a training step"
+    advice = "end what else runs on this GPU, or " if free < 0.9 * total else ""
+    advice += "lower --batch_size_per_gpu, --max_tokens_per_gpu or --num_crops, take --gradient_checkpointing full, "
+    advice += "--optim paged_adamw_8bit or --use_lora (python -m tools.plan proposes what fits)"
+    room = f"and {free:,.2f} of {total:,.2f} GB are free"
+    if least > free:
+        return [f"{what} takes at least {least:,.2f} GB of GPU memory, {room}: {advice}"]
+    if needed * (1 + FRAGMENTATION) > free:
+        say(f"{what} may take {needed * (1 + FRAGMENTATION):,.2f} GB of GPU memory, {room}; should it: {advice}")
+    return []
+
+
+def disk_problems(options: argparse.Namespace, config: Phi3VConfig, examples: int, facts: list[str]) -> list[str]:
+    """Whether the output folder has room for the model and for the checkpoints kept and, beside them, the newest.
+
+    What an interrupted run has left there is room too, for it counts among them.
+    """
+    folder = options.output_dir.parent if options.dry_run else options.output_dir
+    steps = options.num_train_epochs * -(-examples // options.batch_size)
+    if options.max_steps and not options.dry_run:  # which takes one step of as many as there will be
+        steps = options.max_steps
+    number = min(options.save_total_limit + 1, steps // options.save_steps)
+    model, checkpoint = sizes_on_disk(options, config)
+    there = [path for each in checkpoints_in(folder) for path in each.rglob("*") if path.is_file()]
+    there_already = sum(path.stat().st_size for path in [*there, *folder.glob("*.safetensors")])
+    needed, free = max(0, model + number * checkpoint - there_already), shutil.disk_usage(folder).free
+    facts.append(f"{needed / 1e9:,.2f} GB to be written ({free / 1e9:,.2f} GB free)")
+    if needed <= free:
+        return []
+    return [
+        f"--output_dir {folder}: the run writes {needed / 1e9:,.2f} GB (the model {model / 1e9:,.2f} GB, {number} "
+        f"checkpoints at a time of {checkpoint / 1e9:,.2f} GB), and {free / 1e9:,.2f} GB are free: make room, choose "
+        "another, lower --save_total_limit, or train adapters (--use_lora)"
+    ]
+
+
+# --- a trial
+
+
+def shrunk(config: Phi3VConfig) -> Phi3VConfig:
+    """A configuration of the same kind, vocabulary and head width, with two heads and as few layers as can be."""
+    fields = config.to_dict()
+    hidden = 2 * config.hidden_size // config.num_attention_heads
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {**(config.vision_config or {}), **layers, "hidden_size": 64, "intermediate_size": 128}
+    tower["num_hidden_layers"] = max(2, -config.image_feature_layer)
+    fields |= {**layers, "num_key_value_heads": 2, "hidden_size": hidden, "intermediate_size": 128}
+    fields |= {"vision_config": tower, "img_processor": {**config.img_processor, "image_dim_out": 64}}
+    return Phi3VConfig.from_dict(fields)
+
+
+def trial_problems(options: argparse.Namespace, config: Phi3VConfig, processor: Phi3VProcessor) -> list[str]:
+    """Save a shrunk model, trained by this method, as the run's end does, and load it again; nothing is left."""
+    did = f"a trial save and reload of a shrunk model in {options.output_dir}"
+    try:
+        with tempfile.TemporaryDirectory(dir=options.output_dir, prefix="trial", suffix=INCOMPLETE) as folder:
+            different = _save_and_reload(options, config, processor, Path(folder))
+    except Exception as error:  # whatever it is, it would have come after hours
+        return [f"{did} failed: {type(error).__name__}: {one_line(error)}"]
+    return [f"{did}: {', '.join(different[:3])} came back different ({len(different)} in all)"] if different else []
+
+
+def _save_and_reload(
+    options: argparse.Namespace, config: Phi3VConfig, processor: Phi3VProcessor, folder: Path
+) -> list[str]:
+    """Names of what is not, bit for bit, as it was saved."""
+    trial = copy.copy(options)
+    base, saved = folder / "base", folder / "saved"
+    for each in (base, saved):
+        each.mkdir()
+    write_model(Phi3VForCausalLM(shrunk(config)).to(options.precision.weights), processor, base)
+    trial.model_name_or_path = str(base)
+    model = prepare_for_training(load_model(base, trial), processor, trial)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_()  # as if trained: half of an adapter begins as 0
+    write_model(model, processor, saved)
+    before, after = model.state_dict(), load_model(saved, trial).state_dict()
+    different = [name for name in {**before, **after} if not _is_same(before.get(name), after.get(name))]
+    again = Phi3VProcessor.from_pretrained(saved, num_crops=options.num_crops)
+    text = processor.apply_chat_template([{"role": "user", "content": "What? \n 12,5 %"}], add_generation_prompt=True)
+    if again.tokenizer(text).input_ids != processor.tokenizer(text).input_ids:
+        different.append("the tokenizer")
+    return different
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)

@@ -1,0 +1,460 @@
+"""What is checked before weights are loaded: each check on good data and on what it is there for."""
+
+import functools
+import importlib.metadata
+import io
+import itertools
+import shutil
+import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from transformers import set_seed
+
+from common import memory, preflight
+from common.cli import make_parser, parse_options
+from common.collation import Example, Turn
+from common.data import ExampleDataset, decode_image
+from common.demo import CHECKPOINT, write_docvqa
+from common.errors import UserError
+from common.loading import load_model, load_processor, prepare_for_training
+from common.phi3v import Phi3VConfig
+from common.training import write_model
+from tests.launch import REPOSITORY, free_port, run_script
+
+METHODS = {
+    "full": (),
+    "frozen": ("--freeze_vision_model",),
+    "lora": ("--use_lora", "--lora_rank", "4"),
+    "qlora": ("--use_qlora", "--lora_rank", "4", "--bf16"),
+}
+DISK = namedtuple("usage", "total used free")
+ROOM = 10**12
+
+
+def options_of(folder, *words):
+    """The options of a script, as `start` leaves them."""
+    before = sys.argv
+    sys.argv = ["script", "--model_name_or_path", str(CHECKPOINT), "--output_dir", str(folder), *map(str, words)]
+    try:
+        options = parse_options(make_parser("a script", num_crops=1))
+    finally:
+        sys.argv = before
+    options.device = torch.device(options.device)
+    options.bad_examples = "stop"
+    return options
+
+
+@functools.cache
+def processor_of_demo():
+    return load_processor(SimpleNamespace(model_name_or_path=str(CHECKPOINT), num_crops=1))
+
+
+@functools.cache
+def encoded_picture(broken=False):
+    content = io.BytesIO()
+    Image.effect_noise((64, 48), 50).save(content, "PNG")
+    return content.getvalue()[: 1000 if broken else None]  # a header that can be read, and not all of the pixels
+
+
+def make_example(index, generator, broken=(), long=()):
+    place = f"pages, row {index}"
+    image = decode_image({"bytes": encoded_picture(index in broken), "path": None}, place)
+    question = "which? " * (100_000 if index in long else 1)
+    return Example(place, [Turn(f"<|image_1|>\n{question}", "this", [image])])
+
+
+def dataset_of(size=10, kind=ExampleDataset, **faults):
+    return kind(size, functools.partial(make_example, **faults), processor_of_demo())
+
+
+def problem_of(dataset, options):
+    with pytest.raises(UserError) as raised:
+        preflight.preflight(dataset, processor_of_demo(), options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_will_do_is_let_through(method, tmp_path, capsys):
+    """In one line; nothing is left in the folder, and what is drawn afterwards is what the seed alone says."""
+    options = options_of(tmp_path, *METHODS[method], "--seed", 5)
+    preflight.preflight(dataset_of(), processor_of_demo(), options)
+    drawn = torch.rand(1)
+    set_seed(5)
+    assert drawn == torch.rand(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("checked: libraries; 10 of 10 examples (10 decoded), of up to ")
+    assert " to be written (" in lines[0]
+    assert lines[0].endswith("a trial save and reload")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_problems_come_in_one_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(ROOM, ROOM, 1000))
+    monkeypatch.setattr(preflight, "write_model", write_nothing)
+    versions = {"torch": "2.10.1", "deepspeed": "0.19.7"}
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or installed(name))
+    told = problem_of(dataset_of(broken=[3]), options_of(tmp_path)).splitlines()
+    assert told[0] == "5 problems:"
+    for beginning in (
+        "torch 2.10.1 is installed, torch>=2.11 is needed",
+        "deepspeed 0.19.7 is installed, deepspeed>=0.19.8 is needed",
+        "pages, row 3: the image (1000 bytes) cannot be decoded",
+        f"--output_dir {tmp_path}: the run writes",
+        f"a trial save and reload of a shrunk model in {tmp_path} failed: OSError: no room",
+    ):
+        assert sum(line.startswith(f"  - {beginning}") for line in told) == 1, told
+
+
+@pytest.mark.parametrize("others", [(), ("checkpoint-1",)])
+def test_a_run_that_has_not_begun_leaves_no_record(others, tmp_path):
+    """Else other options, which the problem may ask for, would be refused as those of another run."""
+    options = options_of(tmp_path)
+    for name in ("run.json", "notes.txt", *others):
+        (tmp_path / name).touch()
+    problem_of(dataset_of(broken=[3]), options)
+    assert (tmp_path / "run.json").exists() == bool(others)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def write_nothing(*arguments):
+    raise OSError("no room")
+
+
+# --- libraries
+
+
+def test_libraries_that_are_not_used_are_not_asked_for(tmp_path, monkeypatch):
+    def version(name):
+        if name in ("peft", "bitsandbytes", "flash-attn", "liger-kernel"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "99"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    options = options_of(tmp_path)
+    assert preflight.version_problems(options) == []
+    options = options_of(tmp_path, "--use_qlora", "--bf16")
+    options.attention, options.use_liger = "flash_attention_2", True
+    assert sorted(preflight.version_problems(options)) == [
+        "bitsandbytes is not installed: pip install -r requirements.txt",
+        "flash-attn is not installed: pip install -r requirements-flash-attn.txt",
+        "liger-kernel is not installed: pip install -r requirements-liger.txt",
+        "peft is not installed: pip install -r requirements.txt",
+    ]
+
+
+def test_a_library_is_as_new_as_the_requirements_say(tmp_path, monkeypatch):
+    """Also a build of a version ("+cpu") and what comes before one ("rc1") count as PEP 440 orders them."""
+    bounds = dict(line.split(">=") for line in (REPOSITORY / "requirements.txt").read_text().split() if ">=" in line)
+    options = options_of(tmp_path, "--optim", "paged_adamw_8bit")
+    for suffix, fine in (("", True), ("+cpu", True), ("rc1", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, suffix=suffix: bounds[name] + suffix)
+        problems = preflight.version_problems(options)
+        assert len(problems) == (0 if fine else 6), problems  # torch, transformers, accelerate, datasets, and two more
+
+
+# --- examples
+
+
+def test_the_sample_is_spread_over_the_data_set():
+    seen = []
+
+    def make_and_note(index, generator):
+        seen.append(index)
+        return make_example(index, generator)
+
+    dataset = ExampleDataset(1000, make_and_note, processor_of_demo())
+    look = preflight.look_at_examples(dataset, processor_of_demo(), 131072)
+    places = sorted(set(seen))
+    assert len(places) == look.examples == preflight.SAMPLE
+    assert (places[0], places[-1]) == (0, 999)
+    assert max(after - before for before, after in itertools.pairwise(places)) <= 16
+
+
+def test_counted_tokens_are_those_of_the_encoded_example():
+    """The example of the most tokens, and its labels, though it is not the one that is encoded as for training."""
+
+    def growing(index, generator):
+        return Example(
+            str(index), [Turn("<|image_1|>" + "word " * index, "yes " * index + "yes", [Image.new("L", (9, 9))])]
+        )
+
+    dataset = ExampleDataset(6, growing, processor_of_demo())
+    look = preflight.look_at_examples(dataset, processor_of_demo(), 131072)
+    longest = dataset[5]
+    assert look.tokens == len(longest["input_ids"])
+    assert look.labelled == int((longest["labels"] != -100).sum())
+    assert look.views == len(longest["pixel_values"])
+
+
+def test_an_example_longer_than_the_model_takes_is_named(tmp_path):
+    told = problem_of(dataset_of(5, long=[4]), options_of(tmp_path))
+    assert told.startswith("pages, row 4: ")
+    assert " tokens, the model takes 131072: lower --num_crops" in told
+
+
+class Unlabelled(ExampleDataset):
+    """As an edited copy may be."""
+
+    def __getitem__(self, key):
+        encoded = super().__getitem__(key)  # of one key, by way of a list of it
+        if not isinstance(key, list):
+            return encoded
+        return [{**one, "labels": torch.full_like(one["labels"], -100)} for one in encoded]
+
+
+def test_an_example_without_labels_is_named(tmp_path):
+    told = problem_of(dataset_of(kind=Unlabelled), options_of(tmp_path))
+    assert told.startswith("pages, row 0: no token of ")
+    assert "is labelled" in told
+
+
+def test_what_the_script_cannot_make_is_told_with_its_number(tmp_path):
+    dataset = ExampleDataset(3, lambda index, generator: {}["image"], processor_of_demo())
+    assert "  - example 2 cannot be made of its row: KeyError: 'image'" in problem_of(dataset, options_of(tmp_path))
+    dataset = ExampleDataset(3, lambda index, generator: Example("a page", []), processor_of_demo())
+    assert "  - example 2 cannot be encoded: " in problem_of(dataset, options_of(tmp_path))
+
+
+def test_bad_examples_that_are_skipped_are_counted(tmp_path, capsys):
+    options = options_of(tmp_path)
+    assert problem_of(dataset_of(broken=[3, 7]), options).startswith("2 problems:\n  - pages, row 3: the image")
+    options.bad_examples = "skip"
+    preflight.preflight(dataset_of(broken=[3, 7]), processor_of_demo(), options)
+    assert "; 2 of them bad; " in capsys.readouterr().out
+
+
+def test_of_many_bad_examples_some_are_told(tmp_path):
+    told = problem_of(dataset_of(60, broken=range(60)), options_of(tmp_path))
+    assert told.count("cannot be decoded") == preflight.MOST_PROBLEMS
+    assert told.endswith("  - and 40 more examples")
+
+
+def test_when_time_is_up_headers_are_read(tmp_path, monkeypatch, capsys):
+    """But the first example is encoded in any case, as it is for training."""
+    monkeypatch.setattr(preflight, "SECONDS", -1)
+    preflight.preflight(dataset_of(broken=[3]), processor_of_demo(), options_of(tmp_path))
+    assert "10 of 10 examples (0 decoded)" in capsys.readouterr().out
+    assert problem_of(dataset_of(broken=[0]), options_of(tmp_path)).startswith("pages, row 0: the image")
+
+
+# --- memory
+
+OFFICIAL = Phi3VConfig()
+SHALLOW = Phi3VConfig(num_hidden_layers=2)  # quicker where adapters are counted
+PAGE = preflight.Look([], 1, 1, 2443, 10, 17)
+
+
+def gpu_problems(monkeypatch, options, free, config=SHALLOW, look=PAGE):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
+    facts = []
+    return preflight.memory_problems(options, config, look, facts), facts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_without_room_is_told_with_both_numbers(method, tmp_path, monkeypatch, capsys):
+    options = options_of(tmp_path, *METHODS[method], "--bf16", "--num_crops", 16)
+    sizes = {"tokens": PAGE.tokens, "answer_tokens": PAGE.labelled, "num_crops": 16}
+    peak = 1e9 * memory.estimated_peak(options, SHALLOW, 1, **sizes)
+    problems, facts = gpu_problems(monkeypatch, options, 2 * peak)
+    assert problems == []
+    assert capsys.readouterr().out == ""
+    assert facts == [f"about {peak / 1e9:,.2f} GB of GPU memory ({2 * peak / 1e9:,.2f} GB free)"]
+    problems, _ = gpu_problems(monkeypatch, options, peak)  # that nothing be lost to fragmentation is too much to hope
+    assert problems == []
+    assert f"a training step may take {1.05 * peak / 1e9:,.2f} GB of GPU memory" in capsys.readouterr().out
+    problems, _ = gpu_problems(monkeypatch, options, peak / 2)
+    assert len(problems) == 1
+    assert "a training step takes at least " in problems[0]
+    assert f"and {peak / 2e9:,.2f} of 80.00 GB are free: end what else runs" in problems[0]
+    assert "lower --batch_size_per_gpu" in problems[0]
+
+
+def test_memory_is_of_the_longest_example_seen_and_of_a_full_pack(tmp_path, monkeypatch):
+    def peak(look, *words):
+        options = options_of(tmp_path, "--use_lora", "--bf16", *words)
+        return float(gpu_problems(monkeypatch, options, ROOM, SHALLOW, look)[1][0].split()[1])
+
+    one, two, packed = peak(PAGE), peak(PAGE, "--batch_size_per_gpu", 2), peak(PAGE, "--max_tokens_per_gpu", 4886)
+    assert one < two
+    assert packed == pytest.approx(two, rel=0.02)  # of as many tokens; views are rounded up
+    assert peak(preflight.Look([], 1, 1, 300, 10, 0)) < one
+
+
+def test_evaluation_alone_needs_the_weights(tmp_path, monkeypatch):
+    options = options_of(tmp_path, "--eval_only", "--bf16")
+    assert gpu_problems(monkeypatch, options, 8.5e9, OFFICIAL, preflight.Look([]))[0] == []
+    problems, _ = gpu_problems(monkeypatch, options, 8e9, OFFICIAL, preflight.Look([]))
+    assert problems[0].startswith("evaluation, for the weights alone, takes at least 8.29 GB of GPU memory, and 8.00")
+
+
+def test_a_full_gpu_stops_the_run(tmp_path, monkeypatch):
+    options = options_of(tmp_path, "--eval_only")
+    preflight.preflight(None, processor_of_demo(), options)
+    options.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(80e9)))
+    assert "evaluation, for the weights alone, takes at least 0.00 GB of GPU memory" in problem_of(None, options)
+
+
+def test_of_zero_3_memory_is_not_estimated(tmp_path, monkeypatch):
+    options = options_of(tmp_path, "--deepspeed", "ds_configs/zero3.json")
+    assert gpu_problems(monkeypatch, options, 0) == ([], [])
+
+
+# --- disk
+
+
+def disk_of(monkeypatch, free, options, config=OFFICIAL):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(ROOM, ROOM, int(free)))
+    return preflight.disk_problems(options, config, 1600, [])
+
+
+def test_a_disk_without_room_is_told_with_both_numbers(tmp_path, monkeypatch):
+    """Weights of 2 bytes in the model and twice in a checkpoint, beside masters and AdamW's state of 12."""
+    options = options_of(tmp_path, "--bf16", "--save_steps", 10, "--save_total_limit", 2)  # of 100 steps
+    weights, checkpoint = 8.293, 8.293 + 8.293 + 6 * 8.293 * 0.997
+    needed = 8.293 + 3 * checkpoint
+    assert disk_of(monkeypatch, 1.005e9 * needed, options) == []
+    problem = disk_of(monkeypatch, 0.99e9 * needed, options)[0]
+    words = problem.split()
+    assert float(words[words.index("writes") + 1]) == pytest.approx(needed, rel=0.005)
+    assert f"(the model {weights:.2f} GB, 3 checkpoints at a time of " in problem
+    assert "lower --save_total_limit" in problem
+
+
+def test_checkpoints_that_will_not_be_written_need_no_room(tmp_path, monkeypatch):
+    for words, number in (
+        (("--save_steps", 101), 0),
+        (("--save_steps", 60), 1),
+        (("--save_steps", 60, "--num_train_epochs", 2), 3),
+        (("--save_steps", 60, "--max_steps", 59), 0),
+        (("--save_steps", 60, "--dry_run"), 1),  # as the run that is tried out would
+        (("--save_steps", 10, "--save_total_limit", 1), 2),
+    ):
+        assert f", {number} checkpoints at a time" in disk_of(monkeypatch, 0, options_of(tmp_path, *words))[0], words
+
+
+def test_what_an_interrupted_run_has_left_counts_as_room(tmp_path, monkeypatch):
+    options = options_of(tmp_path, "--use_lora", "--lora_rank", 1)
+    model, checkpoint = memory.sizes_on_disk(options, SHALLOW)
+    needed = model + checkpoint  # of 100 steps
+    assert disk_of(monkeypatch, needed - 1, options, SHALLOW)
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-100" / "optimizer.pt").write_bytes(bytes(1000))
+    assert disk_of(monkeypatch, needed - 1001, options, SHALLOW)
+    assert disk_of(monkeypatch, needed - 1000, options, SHALLOW) == []
+
+
+@pytest.mark.parametrize("method", ["full", "frozen", "lora"])
+def test_the_saved_model_is_as_large_as_estimated(method, tmp_path):
+    """Within 5 %: the headers of safetensors, of hundreds of small adapters."""
+    options = options_of(tmp_path, *METHODS[method])
+    model = prepare_for_training(load_model(CHECKPOINT, options), processor_of_demo(), options)
+    write_model(model, processor_of_demo(), tmp_path)
+    estimated, _ = memory.sizes_on_disk(options, Phi3VConfig.from_pretrained(CHECKPOINT))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) == pytest.approx(estimated, rel=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [(), ("--use_lora",), ("--use_lora", "--optim", "adamw_8bit")])
+def test_a_checkpoint_is_as_large_as_estimated(words, tmp_path):
+    """Within 10 %, for a model of a thousandth of the published size: what else lies there weighs more."""
+    pages = write_docvqa(tmp_path / "pages", train_pages=8, test_pages=1, seed=0)
+    small = ("--num_crops", 1, "--batch_size", 4, "--max_steps", 1, "--save_steps", 1, "--eval_limit", 1, "--no-tqdm")
+    ended = run_script(
+        *("finetune_hf_trainer_docvqa.py", "--model_name_or_path", CHECKPOINT, "--data_dir", pages),
+        *("--output_dir", tmp_path / "out", *small, *words),
+        processes=1,
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    files = [file for file in (tmp_path / "out" / "checkpoint-1").rglob("*") if file.is_file()]
+    real = sum(file.stat().st_size for file in files if file.suffix != ".json")
+    _, estimated = memory.sizes_on_disk(options_of(tmp_path / "other", *words), Phi3VConfig.from_pretrained(CHECKPOINT))
+    assert estimated == pytest.approx(real, rel=0.1)
+
+
+# --- the trial
+
+
+def trial(options):
+    return preflight.trial_problems(options, Phi3VConfig.from_pretrained(CHECKPOINT), processor_of_demo())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_save_that_loses_something_is_told(method, tmp_path, monkeypatch):
+    """One weight of one trained tensor is saved as another number."""
+    options = options_of(tmp_path, *METHODS[method])
+
+    def write_another(model, processor, folder):
+        if folder.name == "saved":
+            weight = [weight for weight in model.parameters() if weight.requires_grad][5]
+            before = weight.detach().clone()
+            with torch.no_grad():
+                weight.view(-1)[3] += 1e-3
+            write_model(model, processor, folder)
+            weight.data.copy_(before)
+        else:
+            write_model(model, processor, folder)
+
+    assert trial(options) == []
+    monkeypatch.setattr(preflight, "write_model", write_another)
+    problems = trial(options)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"a trial save and reload of a shrunk model in {tmp_path}: ")
+    assert problems[0].endswith("came back different (1 in all)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_without_a_file_is_told(tmp_path, monkeypatch):
+    def write_incompletely(model, processor, folder):
+        write_model(model, processor, folder)
+        (folder / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(preflight, "write_model", write_incompletely)
+    (problem,) = trial(options_of(tmp_path))
+    assert f"in {tmp_path} failed: " in problem
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shrunk_model_is_of_the_same_kind():
+    small = preflight.shrunk(OFFICIAL)
+    assert type(small) is Phi3VConfig
+    assert small.vocab_size == OFFICIAL.vocab_size
+    assert small.rope_parameters == OFFICIAL.rope_parameters
+    weights = memory.count_weights(small.to_json_string(use_diff=False), "full", 1, 2)
+    assert sum(weights.trained) + weights.frozen < 15e6
+
+
+# --- several processes
+
+
+def one_of_two(rank, folder, port):
+    """A bad picture in the second process's share, an old library on the second process's machine."""
+    torch.set_num_threads(1)  # as in a loader's forked workers
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    options = options_of(folder)
+    installed = importlib.metadata.version
+    if rank == 1:
+        importlib.metadata.version = lambda name: "1.0" if name == "accelerate" else installed(name)
+    with pytest.raises(UserError) as raised:
+        preflight.preflight(dataset_of(broken=[3]), processor_of_demo(), options)
+    assert raised.value.everywhere
+    (folder / f"told_{rank}").write_text(str(raised.value))
+    dist.destroy_process_group()
+
+
+def test_every_process_raises_the_problems_of_all(tmp_path):
+    multiprocessing.start_processes(one_of_two, (tmp_path, free_port()), nprocs=2, start_method="fork")
+    first, second = ((tmp_path / f"told_{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    lines = first.splitlines()
+    assert lines[0] == "2 problems:"
+    assert lines[1].startswith("  - pages, row 3: the image")
+    assert lines[2].startswith("  - process 1: accelerate 1.0 is installed, accelerate>=1.15 is needed")
