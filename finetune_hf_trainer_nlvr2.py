@@ -1,7 +1,6 @@
 """Fine-tune Phi-3.5-vision on NLVR2: is a statement about two pictures true?
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py
-
     torchrun --nproc_per_node=4 finetune_hf_trainer_nlvr2.py --bf16 --use_flash_attention --batch_size 64 \
         --output_dir <output_dir> --learning_rate <lr> --num_train_epochs <epochs>
 
@@ -9,8 +8,8 @@ Evaluates, trains, saves a complete checkpoint, loads what was saved and evaluat
 """
 
 import argparse
-import functools
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ def make_example(rows: Rows, numbers: list, index: int, generator: random.Random
 def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
     numbers = data.number_questions(rows, each=options.separate_questions or options.share_images)
     pictures = data.number_pictures(rows, numbers) if options.share_images else None
-    examples = functools.partial(make_example, rows, numbers)
-    return ExampleDataset(len(numbers), examples, processor, options.seed, pictures)
+    return ExampleDataset(len(numbers), partial(make_example, rows, numbers), processor, options.seed, pictures)
 
 
 # --- metric
@@ -106,7 +104,7 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
 
 def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """Accuracy on the rows' first questions, written to `<name>.json`."""
-    asked = functools.partial(make_example, rows, [(row, 0) for row in range(len(rows))])
+    asked = partial(make_example, rows, [(row, 0) for row in range(len(rows))])
     generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=data.number_pictures(rows))
     examples = []
     for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
