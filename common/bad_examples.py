@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 
 from .checkpoints import on_first
+from .cli import BAD_EXAMPLES
 from .data import Problem, gather_in_order
 from .errors import UserError, is_first_process, rank_and_world, say
-
-FILE = "bad_examples.jsonl"
 
 
 class BadExamples:
@@ -33,7 +32,7 @@ class BadExamples:
     """
 
     def __init__(self, folder: Path, size: int, most: float) -> None:
-        self.file, self.size, self.most = folder / FILE, size, most
+        self.file, self.size, self.most = folder / BAD_EXAMPLES, size, most
         self.found: dict[int, str] = on_first(self._read)  # number -> what is wrong with it
 
     def _read(self) -> dict[int, str]:

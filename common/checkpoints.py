@@ -44,7 +44,7 @@ DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addr
 # Options that change neither the weights nor what is measured: they may differ when a run is resumed.
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
-FREE_OPTIONS |= {"eval_steps", "timeout_minutes"}
+FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "eval_steps", "timeout_minutes"}
 # How a global batch is divided: free for adapters; DeepSpeed's state is divided over the processes itself.
 DIVISION_OPTIONS = {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 

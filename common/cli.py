@@ -41,8 +41,10 @@ PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 
 # What a run leaves in its output folder; one of them there means that a run has used it.
 RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
+BAD_EXAMPLES = "bad_examples.jsonl"  # what --bad_examples skip has left out
 RUN_FILES = (
     *(RUN_RECORD, "stages.json", "eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
+    BAD_EXAMPLES,
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
 )
 
@@ -106,6 +108,15 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         default=num_crops,
         metavar="N",
         help=f"most sub-images per picture, 1 to {MAX_NUM_CROPS} (%(default)s)",
+    )
+    data.add_argument(
+        "--bad_examples",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about one that cannot be used (%(default)s)",
+    )
+    data.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, metavar="X", help="with more of them the run ends (%(default)s)"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", default="./output/", metavar="DIR", help="(%(default)s)")
@@ -307,6 +318,8 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"--{name} {value}: it must be above 0")
+    if not 0 <= options.max_bad_fraction < 1:
+        problems.append(f"--max_bad_fraction {options.max_bad_fraction}: it must be at least 0 and under 1")
     if options.dry_run and options.eval_only:
         problems.append("--dry_run tries out training, and --eval_only leaves it out: leave one of them out")
     if options.freeze_vision_model:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from .collation import Example, collate, encode_questions, prefix_length
-from .data import gather_in_order, loader_context, open_pixels, opening_images_by
-from .errors import UserError, is_first_process, rank_and_world
+from .data import check_length, gather_in_order, loader_context, made, open_pixels, opening_images_by
+from .errors import UserError, is_first_process, rank_and_world, say
 from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
@@ -40,25 +40,40 @@ class Generated(NamedTuple):
     probabilities: tuple[float, ...] = ()
 
 
-Group = list[tuple[int, dict[str, Any]]]  # numbers and encoded prompts of examples about the same pictures
+# Numbers and encoded prompts of examples about the same pictures; of one that cannot be made its `problem`.
+Group = list[tuple[int, dict[str, Any]]]
 
 
 class _Prompts(torch.utils.data.Dataset):
     """Groups of examples, encoded without their answers in the loader's workers; a picture is read once for a group."""
 
     def __init__(
-        self, make_example: Callable[[int], Example], groups: Sequence[Sequence[int]], processor: Phi3VProcessor
+        self,
+        make_example: Callable[[int], Example],
+        groups: Sequence[Sequence[int]],
+        processor: Phi3VProcessor,
+        max_tokens: int,
     ) -> None:
-        self.make_example, self.groups, self.processor = make_example, groups, processor
+        self.make_example, self.groups, self.processor, self.max_tokens = make_example, groups, processor, max_tokens
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, position: int) -> Group:
-        numbers = self.groups[position]
-        with opening_images_by(functools.cache(open_pixels)):
-            examples = [self.make_example(number) for number in numbers]
-        return list(zip(numbers, encode_questions(self.processor, examples, with_answer=False), strict=True))
+        return self._encode(self.groups[position])
+
+    def _encode(self, numbers: Sequence[int]) -> Group:
+        try:
+            with opening_images_by(functools.cache(open_pixels)):
+                examples = [made(functools.partial(self.make_example, number), number) for number in numbers]
+            group = list(zip(numbers, encode_questions(self.processor, examples, with_answer=False), strict=True))
+            for example, (_, encoded) in zip(examples, group, strict=True):
+                check_length(example.id, len(encoded["input_ids"]), self.max_tokens)
+        except UserError as error:
+            if len(numbers) > 1:  # each by itself, for some may be good
+                return [one for number in numbers for one in self._encode([number])]
+            return [(numbers[0], {"problem": str(error)})]
+        return group
 
 
 @torch.no_grad()
@@ -83,7 +98,9 @@ def generate_answers(
     Args:
         count: how many examples there are.
         make_example: number -> example; called in worker processes.
-        options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device` and `tqdm` count.
+        options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device`, `tqdm` and `bad_examples` count.
+            With `--bad_examples skip` the answer to an example that cannot be made is empty, its candidates are
+            equally probable, and what is wrong is said.
         title: of the progress bar.
         candidates: answers whose probabilities are asked for.
         max_new_tokens: the longest answer.
@@ -94,13 +111,13 @@ def generate_answers(
         `count` answers.
 
     Raises:
-        UserError: candidates whose first tokens are the same.
+        UserError: candidates whose first tokens are the same; an example that cannot be made, unless such are skipped.
     """
     rank, world = rank_and_world()
     groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
     num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
     loader = torch.utils.data.DataLoader(
-        _Prompts(make_example, groups, processor),
+        _Prompts(make_example, groups, processor, causal_lm_of(model).config.max_position_embeddings),
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
@@ -111,11 +128,23 @@ def generate_answers(
     first_tokens = [processor.tokenizer(one, add_special_tokens=False).input_ids[0] for one in candidates]
     if len(set(first_tokens)) < len(first_tokens):
         raise UserError(f"the answers {candidates} begin with the same token: their probabilities cannot be told apart")
-    answers: list[tuple[int, Generated]] = []
+    answers: list[tuple[int, Generated, str | None]] = []
+
+    def good_ones(groups: Iterable[Group]) -> Iterator[Group]:
+        """Without those that cannot be made, which are answered at once."""
+        for group in groups:
+            bad = [(number, encoded["problem"]) for number, encoded in group if "problem" in encoded]
+            if bad and options.bad_examples == "stop":
+                raise UserError(bad[0][1])
+            undecided = Generated("", tuple(1 / len(candidates) for _ in candidates))
+            answers.extend((number, undecided, problem) for number, problem in bad)
+            if len(bad) < len(group):
+                yield [(number, encoded) for number, encoded in group if "problem" not in encoded]
+
     # eagerly where training compiles (--torch_compile): a cache has another length at every token
     eager = torch.compiler.set_stance("force_eager")
     with eager, _autocast(options), progress_bar(title, count, "example", options.tqdm) as progress:
-        for batch in _batches(loader, options.eval_batch_size_per_gpu):
+        for batch in _batches(good_ones(loader), options.eval_batch_size_per_gpu):
             inputs, columns = _inputs(model, processor, batch, max_new_tokens, options.device)
             output = model.generate(
                 **inputs,
@@ -133,10 +162,14 @@ def generate_answers(
                 probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
             numbers = [number for group in batch for number, _ in group]
             for number, text, each in zip(numbers, texts, probabilities, strict=True):
-                answers.append((number, Generated(text, tuple(each))))
+                answers.append((number, Generated(text, tuple(each)), None))
             progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
-    return [answer for _, answer in sorted(gather_in_order(answers, world))]
+    gathered = sorted(gather_in_order(answers, world))
+    for _, _, problem in gathered:
+        if problem is not None:
+            say(f"{title}: counts as wrong: {problem}")
+    return [answer for _, answer, _ in gathered]
 
 
 def _deal(pictures: Sequence[int], most: int) -> list[list[int]]:

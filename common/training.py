@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from .bad_examples import BadExamples
 from .checkpoints import (
     CheckpointingTrainer,
     NotWrittenError,
@@ -283,10 +284,15 @@ class RecipeTrainer(CheckpointingTrainer):
     """The Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
     def __init__(
-        self, *, options: argparse.Namespace, batches: GlobalBatchSampler | PackedBatchSampler, **kwargs: Any
+        self,
+        *,
+        options: argparse.Namespace,
+        batches: GlobalBatchSampler | PackedBatchSampler,
+        bad_examples: BadExamples | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.options, self.batches = options, batches
+        self.options, self.batches, self.bad_examples = options, batches, bad_examples
         self.rates: dict[str, float] = {}
         self.start_counting()
 
@@ -355,11 +361,23 @@ class RecipeTrainer(CheckpointingTrainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The micro-batches of a step from the loader, the time that they are waited for counted."""
+        """The micro-batches of a step from the loader, the time that they are waited for counted, bad examples left
+        out."""
         began = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - began
-        return batches
+        if self.bad_examples is not None:
+            self.bad_examples.leave_out(batches, self.state.global_step + 1, self.args.device)
+        return batches, num_items
+
+    def _maybe_log_save_evaluate(
+        self, loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """At the end of a step: with too many bad examples leave what was learnt in a checkpoint, and stop."""
+        super()._maybe_log_save_evaluate(loss, grad_norm, model, trial, *args, **kwargs)
+        if self.bad_examples is not None and self.bad_examples.excess() is not None:
+            self._save_checkpoint(model, trial)
+            self.bad_examples.check()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """Count what the step holds (fillers of the last batch are no examples), then take it."""
@@ -474,15 +492,22 @@ def train(
     Raises:
         SystemExit: with code 143, once a step is finished and saved after SIGTERM or SIGUSR1.
     """
-    batches = make_batches(dataset, processor, arguments, options, causal_lm_of(model).config)
+    config, bad_examples = causal_lm_of(model).config, None
+    dataset.max_tokens = config.max_position_embeddings
+    if options.bad_examples == "skip":
+        dataset.skips_bad = True
+        bad_examples = BadExamples(options.output_dir, len(dataset), options.max_bad_fraction)
+        bad_examples.check()
+    batches = make_batches(dataset, processor, arguments, options, config, bad_examples)
     callback = _WhileTraining(options, functools.partial(evaluate, model, processor, *eval_data))
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=make_collator(processor, options, causal_lm_of(model).config),
+        data_collator=make_collator(processor, options, config),
         options=options,
         batches=batches,
+        bad_examples=bad_examples,
         write_model=functools.partial(write_model, model, processor),
         stopping=options.stopping,
         callbacks=[callback],
@@ -518,21 +543,29 @@ def make_batches(
     arguments: TrainingArguments,
     options: argparse.Namespace,
     config: Phi3VConfig,
+    bad_examples: BadExamples | None = None,
 ) -> GlobalBatchSampler | PackedBatchSampler:
     """This process's micro-batches; where rows are packed, `arguments` are told how many make a step.
 
+    Args:
+        bad_examples: where those that are found when tokens are counted are noted; no batch has them.
+
     Raises:
-        UserError: an example with more than `--max_tokens_per_gpu`.
+        UserError: an example with more than `--max_tokens_per_gpu`; too many bad examples.
     """
     rank, world = arguments.process_index, arguments.world_size
     if not options.packs:
         at_once = options.batch_size_per_gpu
         return GlobalBatchSampler(len(dataset), options.batch_size, at_once, rank, world, options.seed)
-    epochs = options.num_train_epochs
-    if options.max_steps:
-        epochs = -(-options.max_steps // -(-len(dataset) // options.batch_size))
     threshold = config.original_max_position_embeddings
-    questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers)
+    epochs, wanted = 0, _epochs(len(dataset), options)
+    while wanted > epochs:  # once, and again where without bad examples the epochs are shorter and so more
+        epochs = wanted
+        questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers)
+        if bad_examples is not None:
+            bad_examples.add(questions.problems, step=0)
+            bad_examples.check()
+        wanted = _epochs(len(questions), options)
     most = options.max_tokens_per_gpu or options.batch_size_per_gpu * questions.longest_picture()
     batches = PackedBatchSampler(questions, options.batch_size, most, rank, world, options.seed, epochs)
     set_accumulation(arguments, batches.micro_steps)
@@ -543,6 +576,13 @@ def make_batches(
         f"of at most {most} tokens; the fullest process has {excess:.1f} % more than an equal share"
     )
     return batches
+
+
+def _epochs(size: int, options: argparse.Namespace) -> int:
+    """How many epochs of so many examples the run begins."""
+    if not options.max_steps:
+        return options.num_train_epochs
+    return -(-options.max_steps // -(-size // options.batch_size))
 
 
 def set_accumulation(arguments: TrainingArguments, micro_steps: int) -> None:
