@@ -21,7 +21,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
-from .errors import UserError, is_first_process, raise_all
+from .errors import UserError, is_first_process, note_options, raise_all
 from .phi3v.stock import find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
@@ -205,6 +205,9 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         "--timeout_minutes", type=float, default=10, metavar="X", help="for other processes to answer (%(default)s)"
     )
     rare.add_argument(
+        "--max_bad_steps", type=int, default=3, metavar="N", help="stop after so many not finite in a row (%(default)s)"
+    )
+    rare.add_argument(
         "--logging_steps", type=int, default=10, metavar="N", help="steps between two lines of the log (%(default)s)"
     )
     rare.add_argument(
@@ -260,6 +263,7 @@ def parse_options(
         options.eval_limit, options.max_steps, options.eval_steps = min(options.eval_limit or at_once, at_once), 1, None
     if options.optim is None:
         options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
+    note_options(options)
     return options
 
 
@@ -306,7 +310,7 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
     at_least_one = ("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps")
     at_least_one += ("max_tokens_per_gpu", "max_crops_per_call", "eval_batch_size_per_gpu")
-    at_least_one += ("save_steps", "save_total_limit")
+    at_least_one += ("save_steps", "save_total_limit", "max_bad_steps")
     for name in (*at_least_one, "max_steps", "eval_steps", "eval_limit"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -23,7 +23,11 @@ SECONDS_FOR_THE_FIRST = 20  # and by then torchrun has ended those that only los
 
 # How a lost connection reads where it is no error of a kind of its own.
 LOST = re.compile(r"gloo|Connection (closed|reset) by peer|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    # the last: of a loader's worker, by the system
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|killed by signal: Killed",
+    re.IGNORECASE,
+)
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _options: argparse.Namespace | None = None
@@ -152,7 +156,7 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
     asked = gigabytes(r"(?:ried|nable) to allocate N")
     size, free = gigabytes("total capacity of N"), gigabytes("of which N is free")
     held, unused = gigabytes("this process has N"), gigabytes("N is reserved by PyTorch but unallocated")
-    on_gpu = not isinstance(error, MemoryError) and "CPUAllocator" not in text
+    on_gpu = not isinstance(error, MemoryError) and not re.search("CPUAllocator|MemoryError|DataLoader worker", text)
     if size is None and on_gpu and torch.cuda.is_available():
         size, held = torch.cuda.get_device_properties().total_memory / 1e9, torch.cuda.memory_reserved() / 1e9
     if not on_gpu:
@@ -173,15 +177,20 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
     names = ("eval_batch_size_per_gpu", "num_crops") if evaluating else names
     given = " ".join(f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None)
     told += f". This was {'evaluation' if evaluating else options.method + ' fine-tuning'} with {given}"
-    remedies = list(_remedies(options, evaluating))
+    remedies = list(_remedies(options, evaluating)) if on_gpu or str(options.device) == "cpu" else []
     if unused is not None and asked is not None and unused > asked:
         remedies.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments")
     if on_gpu:
-        plan = f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
+        plan = (
+            f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
+        )
         plan += f" --method {options.method} --batch_size {options.batch_size} --num_crops {options.num_crops}"
         remedies.append(f"what fits is shown by {plan}{' --bf16' if options.bf16 else ''}")
-    elif options.num_processes > 1:
-        remedies.append(f"fewer processes on this machine than {os.environ.get('LOCAL_WORLD_SIZE', '1')}")
+    else:
+        if options.num_workers > 0:
+            remedies.append(f"--num_workers {options.num_workers // 2} instead of {options.num_workers}")
+        if (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+            remedies.append(f"--nproc_per_node {here // 2} instead of {here}")
     return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in remedies)
 
 

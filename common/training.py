@@ -34,7 +34,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from .bad_examples import BadExamples
 from .checkpoints import (
-    CheckpointingTrainer,
     NotWrittenError,
     check_same_run,
     checkpoint_to_resume,
@@ -58,6 +57,7 @@ from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
 from .progress import TrainingProgress
 from .stopping import Stopping, outlive_stop_signals
+from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
 LOCK = ".in_use"  # held while a run lasts
@@ -280,7 +280,7 @@ def rate_of(name: str, options: argparse.Namespace) -> str:
     return option if is_vision and getattr(options, option) is not None else "learning_rate"
 
 
-class RecipeTrainer(CheckpointingTrainer):
+class RecipeTrainer(WatchedTrainer):
     """The Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
     def __init__(
@@ -291,8 +291,8 @@ class RecipeTrainer(CheckpointingTrainer):
         bad_examples: BadExamples | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.options, self.batches, self.bad_examples = options, batches, bad_examples
+        super().__init__(batches=batches, max_bad_steps=options.max_bad_steps, **kwargs)
+        self.options, self.bad_examples = options, bad_examples
         self.rates: dict[str, float] = {}
         self.start_counting()
 
@@ -465,6 +465,7 @@ class _WhileTraining(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
             began = time.perf_counter()
+            self.trainer.watchdog.begin("evaluation", f"the evaluation after step {state.global_step}", "evaluating")
             with using_attention(self.trainer.model, self.options.attention):
                 self.evaluate(self.options, f"eval_step_{state.global_step}")
             self.trainer.leave_out(time.perf_counter() - began)
@@ -491,6 +492,7 @@ def train(
 
     Raises:
         SystemExit: with code 143, once a step is finished and saved after SIGTERM or SIGUSR1.
+        UserError: `--max_bad_steps` steps in a row whose loss or gradient norm is not finite.
     """
     config, bad_examples = causal_lm_of(model).config, None
     dataset.max_tokens = config.max_position_embeddings

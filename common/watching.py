@@ -56,8 +56,8 @@ class Watchdog:
 
     Args:
         rank: this process.
-        store: what all write into; None for a process alone.
         world: how many there are.
+        store: what all write into; None for a process alone.
         seconds: what takes no longer is never slow.
     """
 
@@ -87,13 +87,16 @@ class Watchdog:
         self._ended.set()
         self._thread.join(timeout=5)
 
-    def begin(self, kind: str, name: str) -> None:
+    def begin(self, kind: str, name: str, place: str | None = None) -> None:
         """Something new begins, and what came before has ended.
 
         Args:
             kind: of things that take about as long, as a "step".
             name: for the message.
+            place: where the process now is, as for `at`.
         """
+        if place is not None:
+            self.at(place)
         now = time.monotonic()
         if (before := self._current) is not None:
             self._durations.setdefault(before.kind, deque(maxlen=REMEMBERED)).append(now - before.began)
@@ -286,8 +289,7 @@ class WatchedTrainer(CheckpointingTrainer):
         if self._bad_steps:
             say(f"checkpoint-{step} is not written: step {step} had no finite loss and gradient norm")
             return
-        self.watchdog.begin("checkpoint", f"checkpoint-{step}")
-        self.watchdog.at("writing a checkpoint")
+        self.watchdog.begin("checkpoint", f"checkpoint-{step}", "writing a checkpoint")
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -33,7 +33,7 @@ def options_of(**given: object) -> argparse.Namespace:
     """What `parse_options` gives, as far as it matters to memory."""
     values = {"method": "full", "batch_size": 64, "batch_size_per_gpu": 4, "max_tokens_per_gpu": None, "num_crops": 16}
     values |= {"gradient_checkpointing": "none", "eval_batch_size_per_gpu": 4, "max_crops_per_call": None, "bf16": True}
-    values |= {"freeze_vision_model": False, "deepspeed": None, "device": "cuda", "eval_only": False}
+    values |= {"freeze_vision_model": False, "deepspeed": None, "device": "cuda", "eval_only": False, "num_workers": 4}
     return argparse.Namespace(**{**values, "num_processes": 8, **given})
 
 

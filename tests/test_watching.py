@@ -80,7 +80,7 @@ def test_a_bad_step_is_left_out(tmp_path, capsys):
         seen.append([*(p.detach().clone() for p in trainer.model.parameters())])
         seen[-1] += [value.clone() for one in state for value in one.values()]
 
-    trainer = make_trainer(tmp_path, NotStopping(), max_bad_steps=2, max_steps=8)
+    trainer = make_trainer(tmp_path, NotStopping(), max_bad_steps=2, max_steps=10)
     spoil(trainer.train_dataset, [3, 5, 7])  # never two in a row
     for step in range(2, 9):
         trainer.add_callback(AtStep(step, look))  # before it, so after the one before
@@ -89,10 +89,10 @@ def test_a_bad_step_is_left_out(tmp_path, capsys):
     for step in range(2, 8):
         same = all(torch.equal(one, other) for one, other in zip(after[step - 1], after[step], strict=True))
         assert same == (step in (3, 5, 7)), step
-    assert checkpoints_of(tmp_path) == [1, 2, 4, 6, 8]
+    assert checkpoints_of(tmp_path) == [1, 2, 4, 6, 8, 9, 10]
     assert "checkpoint-5 is not written" in capsys.readouterr().out
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert [math.isfinite(loss) for loss in losses] == [True, False, False, False]  # of steps 1-2, 3-4, 5-6, 7-8
+    assert [math.isfinite(loss) for loss in losses] == [True, False, False, False, True]  # of two steps each
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
@@ -147,7 +147,6 @@ def test_bad_steps_of_two_processes(tmp_path, method):
             assert f"examples of process {rank}: {expected}" in line.replace(" (loss nan)", "")
     root = root_cause(ended.stdout)
     assert "3 steps in a row" in root
-    assert "exitcode  : 2" in root
     assert checkpoints_of(tmp_path) == [1, 2, *range(4, 11)]
     from safetensors.torch import load_file
 
@@ -342,6 +341,7 @@ ON_CPU = (
         (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. "), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
@@ -397,6 +397,19 @@ def test_only_what_can_be_changed_is_advised(given, there, absent):
     told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of(**given))
     assert there in told
     assert absent not in told
+
+
+def test_the_machine_s_own_memory(monkeypatch):
+    """Beside a GPU only loaders and processes fill it; on a CPU the model too."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    error = RuntimeError(ON_CPU)
+    figures, *remedies = advise(error, options_of()).splitlines()
+    assert re.match(r"out of memory: 400.00 GB were asked for, this process held [\d.]+ GB, the machine has", figures)
+    assert remedies == ["  - --num_workers 2 instead of 4", "  - --nproc_per_node 4 instead of 8"]
+    remedies = advise(error, options_of(device="cpu")).splitlines()[1:]
+    assert "  - --gradient_checkpointing full instead of none" in remedies
+    assert "  - --num_workers 2 instead of 4" in remedies
+    assert "zero2_offload" not in "".join(remedies)
 
 
 def test_an_evaluation_between_steps_is_known_by_where_it_ran():
