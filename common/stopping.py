@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import select
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ STOPPED = 143  # the exit code, as a shell gives it for SIGTERM
 class Stopping:
     """SIGTERM and SIGUSR1 end the process with code 143: while training at the end of the step, else at once.
 
-    So does the death of torchrun, without which nobody would end a run whose other processes are gone.
+    So does the death of torchrun, which `end_with_launcher` turns into SIGTERM.
     Whatever the process is doing, also when it waits for another one, it is gone `grace_seconds` after the signal.
     """
 
@@ -41,14 +40,8 @@ class Stopping:
         os.register_at_fork(after_in_child=self._leave_child_alone)
 
     def _watch(self, reading: int) -> None:
-        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        number = None
-        while number not in STOP_SIGNALS:
-            if select.select([reading], [], [], 1.0)[0]:
-                number = os.read(reading, 1)[0]
-            elif launcher not in (None, os.getppid()):
-                launcher = None
-                os.kill(os.getpid(), signal.SIGTERM)
+        while (number := os.read(reading, 1)[0]) not in STOP_SIGNALS:
+            pass
         self.signal = signal.Signals(number).name
         time.sleep(self.grace_seconds)
         os.write(2, f"{self.signal}: not ended within --grace_seconds {self.grace_seconds:g}\n".encode())
