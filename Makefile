@@ -1,6 +1,7 @@
 # make demo       fine-tune the built-in checkpoint on built-in data; TASK=docvqa|hateful_memes|nlvr2|ucf101
 # make test       unit, parity and one short run per method; what CI runs
 # make test-all   `make test` and what takes longer: every README command, both DeepSpeed alternatives
+# make soak       SEEDS=200: as many training runs to which something is done, each started again; hours
 # make bench      ours against the reference's way on this machine's CPU; under 20 minutes, when it is otherwise idle
 # make style      ruff, format and lint
 
@@ -11,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 # one thread per process and core; torchrun would warn that it sets this itself
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all bench style install install-dev clean
+.PHONY: demo test test-all soak bench style install install-dev clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +61,11 @@ test: install-dev
 
 test-all: install-dev
 	$(BIN)/python -m pytest tests
+
+# each seed one run killed, filled up or damaged; OUTPUT=faults.json keeps the figures
+SEEDS ?= 200
+soak: install-dev
+	$(BIN)/python -m tests.faults.harness --seeds $(SEEDS) --bad_inputs 5 $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: install
 	OMP_NUM_THREADS=$$(nproc) python -m benchmarks.cpu

@@ -1,4 +1,5 @@
-"""`benchmarks/RESULTS.md`, made from `benchmarks/results/*.json` and the rows of `tools/published.json` alone.
+"""`benchmarks/RESULTS.md` and the tables of `docs/reliability.md`, made from `benchmarks/results/*.json` and the rows
+of `tools/published.json` alone.
 
 python -m benchmarks.render
 """
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS, in_words, markdown
+from tools.recipes import with_tables
 
 PAGE = Path(__file__).with_name("RESULTS.md")
+RELIABILITY = Path(__file__).parent.parent / "docs" / "reliability.md"
 PUBLISHED = Path(__file__).parent.parent / "tools" / "published.json"
 NOT_MEASURED = "not measured"
 METHOD_NAMES = {"full": "full fine-tuning", "frozen": "frozen image model", "lora": "LoRA", "qlora": "QLoRA"}
@@ -214,6 +217,38 @@ def converter(folder: Path) -> str:
     return f"{text}{machine_line(result)}\n{markdown(names, rows)}"
 
 
+# --- docs/reliability.md
+
+
+def reliability_tables(folder: Path) -> dict[str, str]:
+    """What `tests/faults/harness.py` has tried, by kind and by configuration, and the bad inputs."""
+    result = read(folder, "faults.json")
+    if result is None:
+        return dict.fromkeys(("faults", "configurations", "bad-inputs"), f"{NOT_MEASURED}\n")
+    tried = [one for one in result["faults"] if "left_out" not in one]
+    rows = {}
+    for kind in dict.fromkeys(one["kind"] for one in result["bad_inputs"]):
+        own = [one for one in result["bad_inputs"] if one["kind"] == kind]
+        rows[kind] = [kind, len(own), sum(one["clear"] for one in own)]
+    return {
+        "faults": _fault_table(tried, "kind"),
+        "configurations": _fault_table(tried, "configuration"),
+        "bad-inputs": markdown(["bad input", "tried", "ended with code 2 and the place named"], list(rows.values())),
+    }
+
+
+def _fault_table(tried: Sequence[dict[str, Any]], column: str) -> str:
+    groups = {name: [one for one in tried if one[column] == name] for name in dict.fromkeys(o[column] for o in tried)}
+    rows = []
+    for name, own in {**groups, "all": list(tried)}.items():
+        lost = [one["steps_lost"] for one in own if one["recovered"]]
+        gone = [one["gone_after_seconds"] for one in own if "gone_after_seconds" in one]
+        mean = f"{sum(lost) / len(lost):.1f}" if lost else ""
+        rows.append([name, len(own), len(lost), mean, max(lost, default=""), f"{max(gone):.0f}" if gone else ""])
+    names = [column, "tried", "recovered", "steps lost, mean", "at most", "all processes gone after, at most, s"]
+    return markdown(names, rows)
+
+
 def render(folder: Path) -> str:
     """The whole page."""
     text = (
@@ -230,6 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.write_text(render(options.results), encoding="utf-8")
     print(f"written to {options.output}")
+    if options.output == PAGE:
+        text = with_tables(RELIABILITY.read_text(encoding="utf-8"), reliability_tables(options.results), RELIABILITY)
+        RELIABILITY.write_text(text, encoding="utf-8")
+        print(f"written to {RELIABILITY}")
 
 
 if __name__ == "__main__":

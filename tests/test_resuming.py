@@ -1,0 +1,278 @@
+"""A script that is interrupted and started again by the same command ends as one that was not: for every method.
+
+Weights bit for bit, the same log of losses, the same answers. The script's own `main()` runs in one process, as by
+plain `python`, on the built-in checkpoint and twelve pages; checkpoint 3 of 8 steps lies within an epoch, and a step
+accumulates four micro-batches. Two processes by torchrun, and every moment, are in tests/faults.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.forked import DOCVQA, exit_code, fork, kill
+from tests.faults.harness import (
+    COMMON,
+    CONFIGURATIONS,
+    LORA,
+    STEPS,
+    STRETCHES,
+    Result,
+    checkpoints,
+    losses,
+    progress,
+    read,
+    steps_taken,
+    write_pages,
+)
+from tests.launch import free_port
+
+KILLED_AFTER = 4  # in the middle of the fifth step
+FINAL_EVALUATION = STRETCHES.index("evaluation after")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return write_pages(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")
+def begin(pages):
+    """(folder, options) -> the script's processes, started; what they print goes to `log_of(folder)`."""
+
+    def start(folder, *options, world=0):
+        arguments = (*pages, *COMMON, *options, "--output_dir", folder)
+        ranks, port = range(world or 1), free_port()
+        return [fork(DOCVQA, *arguments, log=log_of(folder), rank=rank, world=world, port=port) for rank in ranks]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(begin):
+    """As `begin`, to the end -> exit code of the first process, what was printed."""
+
+    def to_the_end(folder, *options, world=0):
+        log_of(folder).unlink(missing_ok=True)
+        codes = [exit_code(process) for process in begin(folder, *options, world=world)]
+        return codes[0], log_of(folder).read_text()
+
+    return to_the_end
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """Options -> the folder of their run that nothing was done to; each is run once."""
+    done = {}
+
+    def folder_of(*options, world=0):
+        if (options, world) not in done:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+            code, text = run(folder, *options, world=world)
+            assert code == 0, text[-3000:]
+            assert steps_taken(folder) == STEPS
+            done[options, world] = folder
+        return done[options, world]
+
+    return folder_of
+
+
+def log_of(folder):
+    return folder.with_name(f"{folder.name}.log")
+
+
+def copy_of(folder, tmp_path):
+    """A run's folder, to go on in."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def contents(folder):
+    """Every file, with its time and size."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".in_use")
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def wait_for(condition, process):
+    """Until it holds of a run that has not ended."""
+    end = time.monotonic() + 600
+    while not condition():
+        assert process.exitcode is None, "the run has ended before"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_killed_run_ends_as_uninterrupted(begin, run, uninterrupted, tmp_path, configuration):
+    options, folder = CONFIGURATIONS[configuration], tmp_path / "out"
+    expected = Result.of(uninterrupted(*options))
+    (process,) = begin(folder, *options)
+    wait_for(lambda: steps_taken(folder) >= KILLED_AFTER, process)
+    kill(process)
+    assert KILLED_AFTER <= steps_taken(folder) < STEPS
+    newest = checkpoints(folder)[-1]
+    code, text = run(folder, *options)
+    assert code == 0, text[-3000:]
+    assert f"going on from {folder}/checkpoint-{newest}" in text
+    expected.check_same(folder)
+    assert checkpoints(folder) == [3, 6]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_the_step(begin, run, uninterrupted, tmp_path, sent):
+    """Exit code 143, a checkpoint of the very step that was being taken, none of it lost."""
+    options, folder = CONFIGURATIONS["lora"], tmp_path / "out"
+    (process,) = begin(folder, *options)
+    wait_for(lambda: steps_taken(folder) >= KILLED_AFTER, process)
+    os.kill(process.pid, sent)
+    assert exit_code(process) == 143, log_of(folder).read_text()[-3000:]
+    reached = steps_taken(folder)
+    assert checkpoints(folder)[-1] == reached < STEPS
+    code, text = run(folder, *options)
+    assert code == 0, text[-3000:]
+    assert f"going on from {folder}/checkpoint-{reached}" in text
+    Result.of(uninterrupted(*options)).check_same(folder)
+
+
+def test_killed_in_the_final_evaluation(begin, run, uninterrupted, tmp_path):
+    """What is trained is not trained again."""
+    options, folder = CONFIGURATIONS["full"], tmp_path / "out"
+    (process,) = begin(folder, *options)
+    wait_for(lambda: progress(folder) == FINAL_EVALUATION, process)
+    kill(process)
+    assert not (folder / "eval_after.json").exists()
+    before = contents(folder)
+    code, text = run(folder, *options)
+    assert code == 0, text[-3000:]
+    assert "trained and saved already" in text
+    after = contents(folder)
+    assert {name for name in after if before.get(name) != after[name]} == {"eval_after.json", "stages.json"}
+    Result.of(uninterrupted(*options)).check_same(folder)
+
+
+def test_finished_run_does_nothing_more(run, uninterrupted, tmp_path):
+    options = CONFIGURATIONS["lora"]
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    before = contents(folder)
+    code, text = run(folder, *options)
+    assert code == 0, text[-3000:]
+    assert contents(folder) == before
+    lines = ("before training:", "after training:", "gain:")
+    told = log_of(uninterrupted(*options)).read_text().splitlines()
+    assert [line for line in text.splitlines() if line.startswith(lines)] == [
+        line for line in told if line.startswith(lines)
+    ]
+
+
+def test_two_at_once(begin, uninterrupted, tmp_path):
+    """The second one waits for the first one's end, and then finds all done."""
+    options, folder = CONFIGURATIONS["lora"], tmp_path / "out"
+    (first,) = begin(folder, *options)
+    wait_for(lambda: progress(folder) >= 1, first)
+    (second,) = begin(folder, *options)
+    assert exit_code(first) == 0
+    written = contents(folder)
+    assert exit_code(second) == 0, log_of(folder).read_text()[-3000:]
+    text = log_of(folder).read_text()
+    assert f"waiting for the run that still uses {folder}" in text
+    assert text.count("gain:") == 2
+    assert contents(folder) == written
+    Result.of(uninterrupted(*options)).check_same(folder)
+
+
+def test_other_options_are_refused(run, uninterrupted, tmp_path):
+    """With both values of each, and nothing touched."""
+    options = CONFIGURATIONS["lora"]
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    before = contents(folder)
+    code, text = run(folder, *options, "--seed", 1, "--lora_rank", 8, "--max_steps", STEPS + 1)
+    assert code == 2, text[-3000:]
+    for difference in (
+        "seed 0 there, 1 here",
+        "lora_rank 4 there, 8 here",
+        f"max_steps {STEPS} there, {STEPS + 1} here",
+    ):
+        assert difference in text
+    assert text.count(" there, ") == 3
+    assert contents(folder) == before
+
+
+def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupted, tmp_path):
+    options = CONFIGURATIONS["lora"]
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    before = contents(folder)
+    code, text = run(folder, *options, "--resume", "never")
+    assert code == 2, text[-3000:]
+    assert f"--output_dir {folder} holds a run" in text
+    assert contents(folder) == before
+    code, text = run(folder, *options, "--seed", 1, "--max_steps", 2, "--overwrite")
+    assert code == 0, text[-3000:]
+    assert steps_taken(folder) == 2
+    assert checkpoints(folder) == []
+    assert "going on from" not in text
+    assert read(folder / "run.json")["seed"] == 1
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in its folder", "in another"])
+def test_from_a_certain_checkpoint(run, uninterrupted, tmp_path, elsewhere):
+    """An older one than the newest."""
+    options = CONFIGURATIONS["lora"]
+    expected = Result.of(uninterrupted(*options))
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    output = tmp_path / "other" if elsewhere else folder
+    code, text = run(output, *options, "--resume", folder / "checkpoint-3")
+    assert code == 0, text[-3000:]
+    assert f"going on from {folder}/checkpoint-3" in text
+    expected.check_same(output)
+
+
+def test_dry_run_leaves_nothing_behind(run, uninterrupted, tmp_path):
+    """In a new folder, and in one that is in use."""
+    options = CONFIGURATIONS["full"]
+    code, text = run(tmp_path / "new", *options, "--dry_run")
+    assert code == 0, text[-3000:]
+    assert "one step is taken" in text
+    assert not (tmp_path / "new").exists()
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    before = contents(folder)
+    code, text = run(folder, *options, "--dry_run")
+    assert code == 0, text[-3000:]
+    assert contents(folder) == before
+    assert not list(folder.glob("dry_run*"))
+
+
+def test_adapters_go_on_in_another_number_of_processes(run, uninterrupted, tmp_path):
+    """From two to one with the same global batch: sums in another order, so 1e-5 in float32, and no dropout."""
+    options = (*LORA, "--batch_size_per_gpu", 2)
+    two = uninterrupted(*options, world=2)
+    folder = tmp_path / "out"
+    code, text = run(folder, *options, "--resume", two / "checkpoint-3")
+    assert code == 0, text[-3000:]
+    found, expected = ([line for line in losses(one) if "loss" in line] for one in (folder, two))
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["learning_rate"] == other["learning_rate"]
+    assert found[0] == expected[0]  # taken over with the checkpoint
+    assert found[-1] != expected[-1]  # taken anew; else nothing was tested
+
+
+def test_deepspeed_keeps_its_number_of_processes(run, uninterrupted, tmp_path):
+    """Its state is divided over them; that is said before anything runs, and both processes end."""
+    options = CONFIGURATIONS["full"]
+    folder = copy_of(uninterrupted(*options), tmp_path)
+    code, text = run(folder, *options, world=2)
+    assert code == 2, text[-3000:]
+    assert "num_processes 1 there, 2 here" in text
+
+
+def test_the_records_name_no_place_of_the_output(uninterrupted):
+    """So that a run's folder may be moved."""
+    folder = uninterrupted(*CONFIGURATIONS["lora"])
+    names = ("run.json", "stages.json", "checkpoint-3/manifest.json")
+    assert not [name for name in names if str(folder) in Path(folder, name).read_text()]
