@@ -36,6 +36,7 @@ from .phi3v import Phi3VProcessor
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as JSON writes it
+PICTURE = {"bytes", "path"}  # the fields of a picture's cell
 MAX_NAME = 255  # bytes in a part of a path, on every common file system
 
 # What PIL warns of, `open_header` refuses.
@@ -62,12 +63,14 @@ class Rows:
         """A row.
 
         Raises:
-            UserError: a picture's path that leaves the folders.
+            UserError: no pictures, or a picture's path that leaves the folders.
         """
         row = self.table[index]
-        cells = [row.get("image"), *(row.get("images") or ())]
+        cells = row["images"] if "images" in row else [row.get("image")]
+        if not cells:
+            raise UserError(f"{self.place(index)}: there is no image")
         for cell in cells:
-            if isinstance(cell, dict) and cell.get("bytes") is None and isinstance(cell.get("path"), str):
+            if cell and cell["bytes"] is None and cell["path"] is not None:
                 cell["path"] = str(path_inside_one(self.folders, cell["path"], self.place(index)))
         return row
 
@@ -78,13 +81,13 @@ class Rows:
 
     def without_images(self) -> Iterator[dict[str, Any]]:
         """The rows one after another, their images left where they are."""
-        return iter(self.table.remove_columns([name for name in ("image", "images") if name in self.columns]))
+        return iter(self.table.remove_columns(_image_columns(self.columns)))
 
     @functools.cached_property
     def picture_numbers(self) -> list[int]:
         """See `number_pictures`; all pictures are read for it, so once."""
         numbers: dict[tuple[Any, ...], int] = {}
-        columns = [name for name in ("image", "images") if name in self.columns]
+        columns = _image_columns(self.columns)
         of_row = []
         for row in self.table.select_columns(columns):
             cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
@@ -104,6 +107,10 @@ class Rows:
         return replace(self, table=self.table.select(list(indices)))
 
 
+def _image_columns(names: Iterable[str]) -> list[str]:
+    return sorted({"image", "images"}.intersection(names))
+
+
 def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option: str) -> Rows:
     """Load a split from the hub or from disk.
 
@@ -120,7 +127,7 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
             cannot be reached, columns of no known layout, no rows.
     """
     path = Path(source).expanduser()
-    is_local = path.exists()
+    is_local = os.path.exists(path)  # of a name too long Path.exists raises an error
     table = _load_local(path, split, option) if is_local else _load_from_hub(source, split, option)
     if not any(set(layout) <= set(table.column_names) for layout in layouts):
         known = "; ".join("+".join(layout) for layout in layouts)
@@ -129,10 +136,15 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
         )
     if len(table) == 0:
         raise UserError(f"{source}, split {split}, is empty: give {option} a data set with rows")
+    table = _leave_images_encoded(table)
+    for name in _image_columns(table.column_names):
+        feature = table.features[name] if name == "image" else getattr(table.features[name], "feature", None)
+        if not isinstance(feature, datasets.Image) and set(feature if isinstance(feature, dict) else ()) != PICTURE:
+            raise UserError(f"{source}, split {split}: its column {name} holds {table.features[name]} and no pictures")
     # a hub's data set that is a folder of pictures lies in the hub's cache, its archives in that of `datasets`
     here = path if path.is_dir() else path.parent
     folders = (here,) if is_local else (Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))
-    return Rows(source, split, _leave_images_encoded(table), folders)
+    return Rows(source, split, table, folders)
 
 
 def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
@@ -245,10 +257,10 @@ def open_header(content: bytes | None, path: str | None) -> Image.Image:
 
 
 def _within_limit(image: Image.Image) -> Image.Image:
-    pixels = image.width * image.height
-    if pixels > Image.MAX_IMAGE_PIXELS:
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if pixels > limit:
         raise Image.DecompressionBombError(
-            f"it has {image.width}x{image.height} = {pixels} pixels, the limit is {Image.MAX_IMAGE_PIXELS}: scale it down"
+            f"{image.width}x{image.height} = {pixels} pixels are above the limit of {limit}: scale it down"
         )
     return image
 
@@ -311,11 +323,15 @@ def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[
         advice: what to do, for the message.
 
     Raises:
-        UserError: with the place of the first row without answers.
+        UserError: with the place of the first row without answers, or with fields of other types.
     """
     for index, row in enumerate(rows.without_images()):
-        questions = questions_of(row)
-        if not questions or not all(accepted and all(accepted) for _, accepted in questions):
+        try:
+            questions = questions_of(row)
+            answered = bool(questions) and all(accepted and all(accepted) for _, accepted in questions)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})") from error
+        if not answered:
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
 
 

@@ -148,16 +148,22 @@ FAULTS = [
     ({"conversations": [turn(images=[""])]}, "turn 1: IMAGES: there is no such file"),
     ({"conversations": [turn(images=["../data.jsonl"])]}, "turn 1: the path ../data.jsonl leaves the folder IMAGES"),
     ({"conversations": [turn(images=["/etc/passwd"])]}, "turn 1: the path /etc/passwd leaves the folder IMAGES"),
-    ({"conversations": [turn(images=["a\0b"])]}, "a\0b"),
-    ({"conversations": [turn(images=["x" * 300])]}, "File name too long"),
+    ({"conversations": [turn(images=["a\0b"])]}, r"turn 1: 'a\x00b' can be no file's path"),
+    ({"conversations": [turn(images=["x" * 300])]}, f"turn 1: {'x' * 300} can be no file's path"),
+    ({"conversations": [turn(images=["a\n\x1b[2J"])]}, r"a\n\x1b[2J': there is no such file"),
     ({"conversations": [turn("<|image_1|>\nQ?")]}, "turn 1: user holds <|image_1|>, which is no text"),
     ({"conversations": [turn("<|image_1|>\nQ?", images=["0.jpg"])]}, "turn 1: user holds <|image_1|>"),
     ({"conversations": [turn("What is <|image|>?")]}, "turn 1: user holds <|image|>"),
     ({"conversations": [turn(assistant="A<|end|>\n<|endoftext|>")]}, "turn 1: assistant holds <|end|>"),
-    ({"conversations": [turn(assistant="\ud800")]}, "turn 1: assistant holds half a character, '\\ud800'"),
+    ({"conversations": [turn(assistant="\ud800")]}, "half a character, '\\ud800'"),
+    ('{"conversations": [{"user": "Q?", "user": "Why?", "assistant": "A"}]}', "the field 'user' stands twice in one"),
+    ('{"weight": NaN, "conversations": [{"user": "Q?", "assistant": "A"}]}', "NaN is no number in JSON: write null"),
+    ('{"id": %s, "conversations": [{"user": "Q?", "assistant": "A"}]}' % ("1" * 5000), "no JSON in UTF-8 (Exceeds the"),
+    ('{"conversations": [{"user": "Q?", "assistant": "\0"}]}', "no JSON in UTF-8 (Invalid control character"),
     ({"conversations": [turn(images=["thin.png"])]}, "a picture of 2000x1 pixels is too thin"),
     ({"conversations": [turn(images=["broken.jpg"])]}, "turn 1: IMAGES/broken.jpg: the image cannot be decoded"),
     ({"conversations": [turn(images=["text.jpg"])]}, "turn 1: IMAGES/text.jpg: the image cannot be decoded"),
+    ({"conversations": [turn(images=["big.png"])]}, "10000x10000 = 100000000 pixels are above the limit of"),
 ]
 
 
@@ -167,6 +173,7 @@ def bad_pictures(folder):
     whole = (folder / "images" / "1.jpg").read_bytes()
     (folder / "images" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "images" / "text.jpg").write_text("no picture")
+    Image.new("1", (10_000, 10_000)).save(folder / "images" / "big.png")  # 12 kB
 
 
 def test_every_fault_has_its_line(folder, bad_pictures, run):

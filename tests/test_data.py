@@ -22,8 +22,10 @@ from common.data import (
     number_pictures,
     number_questions,
     open_header,
+    open_pixels,
     opening_images_by,
     path_inside,
+    read_json_lines,
     report_missing,
     rows_of_records,
 )
@@ -257,9 +259,64 @@ def test_path_inside(tmp_path, monkeypatch):
     assert path_inside(tmp_path / "data", "images/../a.png", "here") == tmp_path / "data" / "a.png"
     monkeypatch.chdir(tmp_path / "data")
     for folder in (tmp_path / "data", Path("."), Path("../data")):
-        for name in ("../a.png", "images/../../a.png", "/etc/passwd", "../data2/a.png"):
+        for name in ("../a.png", "images/../../a.png", "/etc/passwd", "../data2/a.png", "..", "//etc/passwd"):
             with pytest.raises(UserError, match=r"here: the path .* leaves the folder"):
                 path_inside(folder, name, "here")
+        for name in ("a.png\0/../../x", "x" * 256, "a/" + "ü" * 128 + "/b.png", "\ud800.png"):
+            with pytest.raises(UserError, match=r"here: .* can be no file's path") as error:
+                path_inside(folder, name, "here")
+            assert str(error.value).isprintable()
+    # here a backslash and a drive are parts of a name, wherever the data come from
+    for name in (r"..\..\a.png", r"C:\a.png", r"\\server\a.png"):
+        assert path_inside(tmp_path / "data", name, "here") == tmp_path / "data" / name
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["image", "images"])
+def test_pictures_of_a_table_lie_in_its_folder(tmp_path, nested):
+    """A table may name files instead of holding them; those of its own folder are read, others are refused."""
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    picture().save(tmp_path / "secret.png")
+    picture(1).save(tmp_path / "data" / "sub" / "a.png")
+    paths = ["sub/a.png", str(tmp_path / "data" / "sub" / "a.png"), "../secret.png", str(tmp_path / "secret.png"), "\0"]
+    rows = list(cauldron([1] * 6) if nested else mini(6))
+    for row, path in zip(rows, paths, strict=False):
+        cell = {"bytes": None, "path": path}
+        row.update({"images": [cell]} if nested else {"image": cell})
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # to_parquet reads no files for it
+    features = (cauldron([1]) if nested else mini(1)).features
+    features["images" if nested else "image"] = datasets.List(plain) if nested else plain
+    encoded = {"bytes": b"x", "path": None}
+    rows[5].update({"images": []} if nested else {"image": encoded})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    loaded = load(tmp_path / "data")
+    for index in (0, 1):
+        assert np.array_equal(np.asarray(page(loaded, index)), np.asarray(picture(1)))
+    for index, message in ((2, "leaves the folder"), (3, "leaves the folder"), (4, "can be no file's path")):
+        with pytest.raises(UserError, match=rf"split train, row {index}: .* {message}"):
+            page(loaded, index)
+    with pytest.raises(
+        UserError, match="row 5: there is no image" if nested else "row 5: the image .1 bytes. cannot be"
+    ):
+        page(loaded, 5)
+    with pytest.raises(UserError, match=r"row 0: the path .* leaves the folder"):
+        page(loaded.select([3]), 0)
+
+
+def test_columns_without_pictures(tmp_path):
+    for column, values in (("image", [1]), ("image", ["a.png"]), ("images", [["a.png"]]), ("images", ["a.png"])):
+        rows = {"question": ["Q"], "answers": [["a"]], "texts": [[{"user": "Q", "assistant": "A"}]], column: values}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(UserError, match=rf"split train: its column {column} holds .* and no pictures"):
+            load(tmp_path)
+
+
+def test_fields_of_other_types(tmp_path):
+    rows = [{**row, "query": "no dictionary"} for row in mini(2)]
+    features = mini(1).features
+    features["query"] = datasets.Value("string")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"split train, row 0 has not the fields of its layout \("):
+        check_answers(load(tmp_path), docvqa.questions, "leave it out")
 
 
 def test_image_finder(tmp_path):
@@ -457,3 +514,54 @@ def test_hub_split_named_val(monkeypatch):
 def test_saved_split_named_val(tmp_path):
     datasets.DatasetDict({"train": mini(3), "val": mini(2)}).save_to_disk(str(tmp_path / "saved"))
     assert len(load_rows(str(tmp_path / "saved"), "validation", docvqa.LAYOUTS, "--eval_data")) == 2
+
+
+# Pictures that are an attack
+
+
+@pytest.mark.parametrize("reader", [open_header, open_pixels])
+def test_decompression_bomb(monkeypatch, reader):
+    """A whole picture of more pixels than PIL allows, of which PIL itself only warns up to twice as many."""
+    content = io.BytesIO()
+    picture(size=(40, 30)).save(content, "PNG")
+    cell = {"bytes": content.getvalue()}
+    with opening_images_by(reader):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
+        assert decode_image(cell, "here").size == (40, 30)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+        with pytest.raises(
+            UserError, match=r"^here: the image .* 40x30 = 1200 pixels are above the limit of 1199: scale"
+        ):
+            decode_image(cell, "here")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+        with pytest.raises(UserError, match=r"^here: the image .*1200 pixels.* limit of 1198 pixels"):
+            decode_image(cell, "here")
+
+
+def test_postscript_is_not_run(monkeypatch):
+    """PIL hands it to Ghostscript, where that is installed."""
+    content = io.BytesIO()
+    picture().save(content, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(UserError, match=r"here: the image .* it is PostScript, a program and no picture"):
+        decode_image({"bytes": content.getvalue()}, "here")
+
+
+# Lines of JSON
+
+
+def test_lines_that_mean_two_things(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}\r\n\n{"b": "\\\\ud800"}')
+    assert read_json_lines(path) == [(1, {"a": "😀"}), (3, {"b": r"\ud800"})]
+    for line, message in (
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "the field 'c' stands twice in one dictionary"),
+        ('{"a": [-Infinity]}', "-Infinity is no number in JSON: write null, or leave the field out"),
+        (r'{"\ud800": 1}', r"half a character, '\ud800'"),
+        ("[" * 100_000, "no JSON in UTF-8 (maximum recursion depth exceeded"),
+        ("5", "int instead of a dictionary"),
+    ):
+        path.write_text("{}\n" + line)
+        with pytest.raises(UserError) as error:
+            read_json_lines(path)
+        assert str(error.value).startswith(f"{path}, line 2: {message}")

@@ -217,6 +217,7 @@ def show(results: Sequence[Checked], tokenizer: tuple[Phi3VProcessor, int] | Non
 
 def main() -> None:
     options = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")  # no character of the data ends a long check in an error
     tokenizer = load_tokenizer(options)
     lines_of = {path: read_lines(path, options.image_dir) for path in dict.fromkeys(options.paths)}
     files = picture_files(line for lines in lines_of.values() for line in lines)
