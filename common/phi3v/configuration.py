@@ -41,21 +41,22 @@ EMBD_LAYER = {
 }
 
 
-AUTO_MAP = {"AutoConfig": "configuration_phi3_v.Phi3VConfig", "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_phi3_v.Phi3VConfig",
+    "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
+}
 
 
 def with_official_repository(auto_map: dict[str, str]) -> dict[str, str]:
-    """Point the classes of `auto_map` at the official repository: its code is not beside what we save.
+    """Point the classes of `auto_map` at the official repository: its code is not beside what we save."""
 
-    The image processor has a file of its own in Phi-3-vision's repository, and none in that of Phi-3.5-vision.
-    """
-    moved = {
-        name: target.replace("image_processing_phi3_v.", "processing_phi3_v.") for name, target in auto_map.items()
-    }
-    return {
-        name: auto_map[name] if "--" in target else f"{OFFICIAL_REPOSITORY}--{target}"
-        for name, target in moved.items()
-    }
+    def find(target: str) -> str:
+        if "--" in target:
+            return target
+        # the image processor has a file of its own in Phi-3-vision's repository, and none in that of Phi-3.5-vision
+        return f"{OFFICIAL_REPOSITORY}--{target.replace('image_processing_phi3_v.', 'processing_phi3_v.')}"
+
+    return {name: find(target) for name, target in auto_map.items()}
 
 
 class Phi3VConfig(Phi3Config):
