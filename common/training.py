@@ -655,7 +655,10 @@ def write_model(
 
 def is_saved(options: argparse.Namespace) -> bool:
     """Whether this run, before it was interrupted, has trained and saved to the end, and the files are unchanged."""
-    return is_finished(options.output_dir, SAVED)
+    saved = is_finished(options.output_dir, SAVED)
+    if saved:
+        say("trained and saved already")
+    return saved
 
 
 def once(evaluate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

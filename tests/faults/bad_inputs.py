@@ -114,7 +114,7 @@ def bad_columns(change: Callable[[dict[str, Any], str], Any], *named: str) -> Ma
 def other_fields(row: dict[str, Any], name: str) -> dict[str, Any]:
     """Pairs of other names."""
     pairs = [{"question": text["user"], "answer": text["assistant"]} for text in row["texts"]]
-    return {"images": [], "texts": pairs}
+    return {**row, "texts": pairs}
 
 
 # --- JSON lines for UCF-101
@@ -245,7 +245,7 @@ KINDS: dict[str, Make] = {
     "parquet file that is a web page": bad_file(lambda content, generator: b"<!DOCTYPE html><p>404</p>"),
     "column missing": bad_columns(lambda row, name: {name: row[name]}, "has the columns"),
     "column of another type": bad_columns(lambda row, name: {**row, "images": ["page.png"]}, "images"),
-    "questions with other fields": bad_columns(other_fields),
+    "questions with other fields": bad_columns(other_fields, "split train, row 0"),
     "data set that is not there": options("--train_data", "./no/such", named=("--train_data ./no/such",)),
     "line cut off": bad_line(cut_line),
     "line that is a list": bad_line(lambda line, generator, images: [line]),

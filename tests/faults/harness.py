@@ -545,6 +545,8 @@ def _start_again(
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
+    import torch
+
     from benchmarks.measuring import describe_machine
     from tests.faults.bad_inputs import KINDS as BAD_INPUTS
     from tests.faults.bad_inputs import try_bad_input
@@ -554,33 +556,37 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first of them (%(default)s)")
     parser.add_argument("--bad_inputs", type=int, default=1, metavar="N", help="of each kind (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the figures there")
+    parser.add_argument("--keep", action="store_true", help="the figures of other seeds that stand there already")
     options = parser.parse_args(words)
+    if options.keep and not options.output:
+        parser.error("--keep is of --output")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends this leaves no run behind
     faults: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
+    seeds = range(options.first, options.first + options.seeds)
+    if options.keep:
+        faults += [one for one in read(options.output).get("faults", []) if one["seed"] not in seeds]
 
     def write() -> None:
         if options.output:
-            import torch
-
             about = {"machine": describe_machine(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
             about |= {"steps": STEPS, "save_steps": SAVE_STEPS, "processes": PROCESSES}
-            options.output.write_text(json.dumps({**about, "faults": faults, "bad_inputs": inputs}, indent=1) + "\n")
+            in_order = sorted(faults, key=lambda one: one["seed"])
+            options.output.write_text(json.dumps({**about, "faults": in_order, "bad_inputs": inputs}, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as work:
-        references = References(Path(work))
-        for seed in range(options.first, options.first + options.seeds):
-            found = try_fault(seed, references, Path(work, str(seed)))
-            faults.append(found)
-            print(json.dumps(found), flush=True)
-            shutil.rmtree(Path(work, str(seed)), ignore_errors=True)
-            write()
         for number in range(options.bad_inputs):
             for kind in BAD_INPUTS:
                 inputs.append(try_bad_input(kind, number, Path(work, f"bad input {len(inputs)}")))
                 if not inputs[-1]["clear"]:
                     print(json.dumps(inputs[-1]), flush=True)
         write()
+        references = References(Path(work))
+        for seed in seeds:
+            faults.append(try_fault(seed, references, Path(work, str(seed))))
+            print(json.dumps(faults[-1]), flush=True)
+            shutil.rmtree(Path(work, str(seed)), ignore_errors=True)
+            write()
     tried = [one for one in faults if "left_out" not in one]
     recovered, clear = sum(one["recovered"] for one in tried), sum(one["clear"] for one in inputs)
     for one in faults:
