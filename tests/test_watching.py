@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import errors, watching
+from common import checkpoints, cli, errors, watching
 from common.errors import UserError, advise, comes_of_another, is_out_of_memory, run
 from common.watching import Watchdog, WatchedTrainer, in_words
 from tests.failing import NO_MEMORY, options_of
@@ -124,6 +124,20 @@ def test_ordinary_skips_of_the_loss_scaler_do_not_count(tmp_path):
 
     assert scaled(fault=2) == ([4, 5, 6], [1, 2, 3])
     assert scaled(fault=1) == ([1, 2, 3], [])  # no scale mends a loss
+
+
+def test_the_options_are_read_and_noted(monkeypatch, tmp_path):
+    def parse(*words):
+        monkeypatch.setattr("sys.argv", ["script.py", "--output_dir", str(tmp_path), *words])
+        return cli.parse_options(cli.make_parser("a script"))
+
+    monkeypatch.setattr(errors, "_options", None)
+    options = parse("--max_bad_steps", "5")
+    assert options.max_bad_steps == 5
+    assert errors._options is options
+    assert "max_bad_steps" in checkpoints.FREE_OPTIONS  # another number may be given when a run is resumed
+    with pytest.raises(UserError, match="--max_bad_steps 0: it must be at least 1"):
+        parse("--max_bad_steps", "0")
 
 
 @pytest.mark.parametrize(
