@@ -31,6 +31,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from scipy.ndimage import gaussian_filter1d
 from sklearn.metrics import confusion_matrix
 
 from .errors import UserError, is_first_process, say
@@ -59,6 +60,7 @@ GROUPS_OF_ONE = {"wrong": "wrong", "right": "right"}
 GROUPS_OF_MANY = {"differ": "the runs differ", "wrong": "wrong in all", "right": "right in all"}
 
 INK = "#010203"  # in a plot for the page: the page's own colour of text
+BEFORE_COLOR = "#8a94a3"
 COLORS = ("#3d7edb", "#dd7f2b", "#2f9e6e", "#b0529c", "#8a8f2a", "#5f6fd0", "#c04f4f", "#3a9ab0")
 
 
@@ -413,7 +415,11 @@ class Scale(NamedTuple):
     def interval(self, estimate: Estimate, signed: bool = False) -> str:
         if estimate.low is None:
             return ""
-        return f"{self.text(estimate.low, signed)} to {self.text(estimate.high, signed)}"
+        low, high = (
+            f"{100 * end:{'+' if signed else ''}.1f}" if self.percent else self.text(end, signed)
+            for end in estimate[1:]
+        )
+        return f"{low} to {high}"
 
     def place(self, value: float) -> float:
         """In percent of the scale's length."""
@@ -421,23 +427,23 @@ class Scale(NamedTuple):
 
 
 def describe_metric(
-    metric: str, rows: Sequence[tuple[str, Evaluation]], published: dict[str, Any] | None = None
+    metric: str, rows: Sequence[tuple[str, Evaluation, str]], published: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """One metric of several evaluations, the first of which the others are compared with, for the page.
 
     Args:
-        rows: evaluations that have the metric, with what they are called.
+        rows: evaluations that have the metric, each with what it is called and its colour.
         published: `name`, `score` in percent.
     """
-    estimates = [estimate(evaluation, metric) for _, evaluation in rows]
+    estimates = [estimate(evaluation, metric) for _, evaluation, _ in rows]
     ends = [end for one in estimates for end in one if end is not None]
     percent = all(0 <= end <= 1 for end in ends)
     scale = Scale(percent, 0, 1) if percent else Scale(False, min(0, *ends), max(ends))
     lines = []
-    for number, ((label, evaluation), one) in enumerate(zip(rows, estimates, strict=True)):
+    for number, ((label, evaluation, color), one) in enumerate(zip(rows, estimates, strict=True)):
         line = {"label": label, "text": scale.text(one.value), "interval": scale.interval(one)}
         line |= {
-            "color": COLORS[number % len(COLORS)],
+            "color": color,
             "place": scale.place(one.value),
             "gain": None,
             "num_examples": len(evaluation.examples),
@@ -480,15 +486,12 @@ def curve_of(run: Run, key: str) -> Curve | None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a twentieth of the points, without a start at 0; gaps are passed over."""
-    keep = 1 - 1 / max(3.0, len(values) / 20)
-    total = weight = 0.0
-    smoothed = np.full(len(values), np.nan)
-    for number, value in enumerate(values):
-        if np.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed[number] = total / weight if weight else np.nan
-    return smoothed
+    """Each point's mean with its neighbours, by a Gaussian of a fortieth of the points; without what is not finite."""
+    finite = np.isfinite(values)
+    spread = max(1.0, len(values) / 40)
+    total = gaussian_filter1d(np.where(finite, values, 0.0), spread, mode="constant")
+    weight = gaussian_filter1d(finite.astype(float), spread, mode="constant")
+    return np.where(weight > 0, total / np.maximum(weight, 1e-300), np.nan)
 
 
 def draw(title: str, curves: Sequence[Curve], smoothed: bool = False, dots: bool = False, ink: str = INK) -> Figure:
@@ -762,22 +765,21 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
 
 def page_of_run(run: Run, beside: Path) -> dict[str, Any]:
     """What the template takes for one run."""
-    columns = [(name, run.evaluations[name]) for name in EVALUATIONS if name in run.evaluations]
-    published = run.facts.get("published") if isinstance(run.facts.get("published"), dict) else None
-    first = [published["metric"]] if published and "metric" in published else []
-    columns = [("evaluation" if name == "only" else f"{name} training", one) for name, one in columns]
+    columns = [("evaluation" if name == "only" else name, one) for name, one in run.evaluations.items()]
     groups = GROUPS if len(columns) > 1 else GROUPS_OF_ONE
-    about = run.facts.get("options", [])
+    published = run.facts.get("published")
+    if not isinstance(published, dict) or not {"name", "metric", "score"} <= set(published):
+        published = None
     data = [{"use": use, **one} for use, one in (run.facts.get("data") or {}).items() if isinstance(one, dict)]
     return {
         "title": run.name,
         "subtitle": _describe(run),
         "comparison": False,
-        **_evaluated(columns, first, groups, [run.folder], beside, published),
+        **_evaluated(columns, [BEFORE_COLOR, COLORS[0]][-len(columns) :], groups, [run.folder], beside, published),
         "plots": draw_run(run, beside),
         "legend": [],
         "summary": _summary(run),
-        "options": about,
+        "options": run.facts.get("options", []),
         "facts": {name: run.facts[name] for name in ("versions", "machine") if isinstance(run.facts.get(name), dict)},
         "data_used": data,
         "about": {name: run.facts[name] for name in ("command", "started", "commit") if run.facts.get(name)},
@@ -788,20 +790,19 @@ def page_of_run(run: Run, beside: Path) -> dict[str, Any]:
 
 def page_of_comparison(runs: Sequence[Run], beside: Path) -> dict[str, Any]:
     """What the template takes for several runs, each by its last evaluation."""
+    colored = [(run, COLORS[number % len(COLORS)]) for number, run in enumerate(runs)]
     columns = [(run.name, run.last) for run in runs if run.last is not None]
+    colors = [color for run, color in colored if run.last is not None]
     names = list(dict.fromkeys(one["name"] for run in runs for one in run.facts.get("options", [])))
     values = [{one["name"]: one.get("value") for one in run.facts.get("options", [])} for run in runs]
     rows = [(name, [str(of_run.get(name, "-")) for of_run in values]) for name in names]
-    legend = [{"label": run.name, "color": COLORS[number % len(COLORS)]} for number, run in enumerate(runs)]
     return {
-        "title": "Comparison of " + " and ".join(run.name for run in runs)
-        if len(runs) == 2
-        else f"Comparison of {len(runs)} runs",
-        "subtitle": [f"others are compared with {runs[0].name}"],
+        "title": "Comparison of " + (" and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs"),
+        "subtitle": [f"differences are from {runs[0].name}"],
         "comparison": True,
-        **_evaluated(columns, [], GROUPS_OF_MANY, [run.folder for run in runs], beside, None),
+        **_evaluated(columns, colors, GROUPS_OF_MANY, [run.folder for run in runs], beside, None),
         "plots": draw_comparison(runs),
-        "legend": legend,
+        "legend": [{"label": run.name, "color": color} for run, color in colored],
         "summary": [],
         "options": [],
         "facts": {},
@@ -817,23 +818,23 @@ def page_of_comparison(runs: Sequence[Run], beside: Path) -> dict[str, Any]:
 
 def _evaluated(
     columns: Sequence[tuple[str, Evaluation]],
-    first: Sequence[str],
+    colors: Sequence[str],
     groups: dict[str, str],
     folders: Sequence[Path],
     beside: Path,
     published: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Scores, confusion and examples of several evaluations.
-
-    Args:
-        first: metrics that come before the others.
-    """
+    """Scores, confusion and examples of several evaluations; the metric of a published score comes first."""
     if not columns:
         return {"metrics": [], "confusion": None, "groups": [], "judged_by": None, "data": None, "columns": []}
     last = columns[-1][1]
-    metrics = [metric for metric in dict.fromkeys([*first, *last.totals]) if metric in last.totals]
+    metrics = sorted(last.totals, key=lambda metric: published is None or metric != published["metric"])
     described = [
-        describe_metric(metric, [(name, one) for name, one in columns if metric in one.totals], published)
+        describe_metric(
+            metric,
+            [(name, one, color) for (name, one), color in zip(columns, colors, strict=True) if metric in one.totals],
+            published,
+        )
         for metric in metrics
     ]
     scored = [metric for metric in metrics if all(metric in one.totals and one.score_key(metric) for _, one in columns)]

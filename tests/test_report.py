@@ -131,7 +131,7 @@ def test_smoothing():
 def test_groups_and_scores(tmp_path):
     found = rendered(write_run(tmp_path / "run"))
     data = found.data
-    assert data["columns"] == ["before training", "after training"]
+    assert data["columns"] == ["before", "after"]
     # number % 4 of `write_run`: 0 wrong then right, 1 right then wrong, 2 wrong both times, 3 right both times
     assert [one["group"] for one in data["examples"]] == ["gained", "lost", "wrong", "right"] * 3
     first = data["examples"][0]
@@ -332,7 +332,7 @@ def test_partial_folders(tmp_path, kept):
     evaluated = [name for name in ("before", "after") if f"eval_{name}.json" in kept]
     assert ('data-group="gained"' in (folder / "report.html").read_text()) == (len(evaluated) == 2)
     if evaluated:
-        assert found.data["columns"] == [f"{name} training" for name in evaluated]
+        assert found.data["columns"] == evaluated
         assert bool(found.data["pictures"]) == ("report_images" in kept)
 
 
