@@ -116,4 +116,4 @@ class BadExamples:
         """
         excess = self.excess()
         if excess is not None:
-            raise UserError(excess)
+            raise UserError(excess, everywhere=True)
