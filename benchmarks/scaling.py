@@ -12,6 +12,7 @@ computed for 2, 8 and 64 processes, by tokens as the sampler divides and by coun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import tempfile
 import time
@@ -79,11 +80,10 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
                 encoded = [{**one, "loss_weight": group[0].weight} for one in encode_questions(processor, own)]
                 documents += share_pictures(encoded, processor.image_token_id, rope_threshold=4096)
                 count += sum(key.weight > 0 for key in group)
-            if ends_step and world > 1:
-                engine(**pack(documents)).loss.backward()
-            else:
-                with engine.no_sync():
-                    engine(**pack(documents)).loss.backward()
+            # alone without the wrapper, which now and then waits for the other process in the forward pass too
+            whole = engine if world > 1 else model
+            with contextlib.nullcontext() if ends_step else engine.no_sync():
+                whole(**pack(documents)).loss.backward()
             if ends_step:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
