@@ -23,14 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import deepspeed_files
 from .cli import PATHS, RUN_RECORD, Precision
 from .errors import UserError, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
@@ -38,15 +36,12 @@ from .stopping import STOPPED, Stopping
 
 MANIFEST, STAGES = "manifest.json", "stages.json"
 
-# All that DeepSpeed's files hold besides tensors and plain containers; `torch.load` makes nothing else of them.
-DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
 # Options that change neither the weights nor what is measured: they may differ when a run is resumed.
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
-FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "eval_steps", "timeout_minutes"}
-# How a global batch is divided: free for adapters; DeepSpeed's state is divided over the processes itself.
-DIVISION_OPTIONS = {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
+FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "max_bad_steps", "eval_steps", "timeout_minutes"}
+# How a global batch is divided changes the order of summation alone, and the draws of dropout.
+FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
@@ -233,12 +228,11 @@ def complete(written: Path, checkpoint: Path) -> None:
 
 def record_of(options: argparse.Namespace, **facts: Any) -> dict[str, Any]:
     """What must agree for a run to be resumed: the options that count, and facts such as the number of examples."""
-    free = FREE_OPTIONS | (DIVISION_OPTIONS if options.use_lora else set())
     record = {"script": Path(sys.argv[0]).name, **facts}
     for name, value in vars(options).items():
         if name in PATHS and value is not None and os.path.exists(value):
             value = os.path.realpath(value)
-        if name not in free:
+        if name not in FREE_OPTIONS:
             value = value.name if isinstance(value, Precision) else value
             record[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     return record
@@ -396,13 +390,21 @@ class CheckpointingTrainer(Trainer):
 
     # resuming
 
+    def _is_divided_otherwise(self, checkpoint: str) -> bool:
+        """Whether another number of processes has written a checkpoint."""
+        return len(list(Path(checkpoint).glob("process_*.json"))) != self.args.world_size
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        if self._is_divided_otherwise(checkpoint):  # whose states are not these processes'
+            draws = torch.Generator().manual_seed(self.args.seed + 1_000_003 * self.state.global_step)
+            set_seed(torch.randint(2**31, (self.args.world_size,), generator=draws)[self.args.process_index].item())
+        else:
+            super()._load_rng_state(checkpoint)
         self._load_sums(checkpoint)
 
     def _load_sums(self, checkpoint: str) -> None:
         records = [json.loads(path.read_text()) for path in Path(checkpoint).glob("process_*.json")]
-        if len(records) == self.args.world_size:
+        if not self._is_divided_otherwise(checkpoint):
             records = [json.loads(self._own_file(checkpoint).read_text())]
         self._tr_loss.fill_(sum(one["tr_loss"] for one in records) / len(records))  # logged as the processes' mean
         self._total_loss_scalar = records[0]["total_loss"]
@@ -415,6 +417,8 @@ class CheckpointingTrainer(Trainer):
             self._teach(self.model_wrapped)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
+                if self._is_divided_otherwise(resume_from_checkpoint):
+                    deepspeed_files.divide_anew(self.model_wrapped)
                 deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -422,7 +426,7 @@ class CheckpointingTrainer(Trainer):
         return prepared
 
     def _teach(self, engine: Any) -> None:
-        """Failures noted, for others wait; nothing unpickled but tensors and `DEEPSPEED_CLASSES`; no scripts copied."""
+        """Failures noted, for others wait; nothing foreign unpickled; no scripts copied."""
         files = engine.checkpoint_engine
         save = files.save
 
@@ -430,11 +434,7 @@ class CheckpointingTrainer(Trainer):
             with self._noting_failures():
                 save(state_dict, path)
 
-        def load(path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-        files.save, files.load = save_noting, load
+        files.save, files.load = save_noting, deepspeed_files.read
         engine._copy_recovery_script = lambda folder: None
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
 
