@@ -124,7 +124,7 @@ def how_to_load(
     """
     values = {"model_name_or_path": str(checkpoint), "num_crops": num_crops, "bf16": bf16, "use_qlora": use_qlora}
     values |= {"use_lora": False, "eval_only": True, "attention": "sdpa", "max_crops_per_call": None}
-    values |= {"use_liger": False, "torch_compile": False, "num_workers": 0, "tqdm": False}
+    values |= {"use_liger": False, "torch_compile": False, "num_workers": 0, "tqdm": False, "bad_examples": "stop"}
     values |= {"eval_batch_size_per_gpu": batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     options = argparse.Namespace(**values)
     check_checkpoint(options)
