@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import set_seed
 
-from .checkpoints import checkpoints_in, together
+from .checkpoints import checkpoints_in, step_of, together
 from .cli import BITSANDBYTES_OPTIMIZERS, RUN_RECORD, files_of_run
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
@@ -193,11 +193,13 @@ def disk_problems(options: argparse.Namespace, config: Phi3VConfig, examples: in
     steps = options.num_train_epochs * -(-examples // options.batch_size)
     if options.max_steps and not options.dry_run:  # which takes one step of as many as there will be
         steps = options.max_steps
-    number = min(options.save_total_limit + 1, steps // options.save_steps)
+    done, kept = step_of(options.resume_from) if options.resume_from else 0, checkpoints_in(folder)
+    to_come = max(0, steps // options.save_steps - done // options.save_steps)
+    number = min(options.save_total_limit + 1, len(kept) + to_come)
     model, checkpoint = sizes_on_disk(options, config)
-    there = [path for each in checkpoints_in(folder) for path in each.rglob("*") if path.is_file()]
-    there_already = sum(path.stat().st_size for path in [*there, *folder.glob("*.safetensors")])
-    needed, free = max(0, model + number * checkpoint - there_already), shutil.disk_usage(folder).free
+    files = [path for each in kept for path in each.rglob("*") if path.is_file()]
+    there = sum(path.stat().st_size for path in [*files, *folder.glob("*.safetensors")])
+    needed, free = max(0, model + number * checkpoint - there), shutil.disk_usage(folder).free
     facts.append(f"{needed / 1e9:,.2f} GB to be written ({free / 1e9:,.2f} GB free)")
     if needed <= free:
         return []

@@ -45,8 +45,7 @@ def options_of(folder, *words):
         options = parse_options(make_parser("a script", num_crops=1))
     finally:
         sys.argv = before
-    options.device = torch.device(options.device)
-    options.bad_examples = "stop"
+    options.device, options.resume_from = torch.device(options.device), None
     return options
 
 
@@ -226,7 +225,7 @@ def test_what_the_script_cannot_make_is_told_with_its_number(tmp_path):
 def test_bad_examples_that_are_skipped_are_counted(tmp_path, capsys):
     options = options_of(tmp_path)
     assert problem_of(dataset_of(broken=[3, 7]), options).startswith("2 problems:\n  - pages, row 3: the image")
-    options.bad_examples = "skip"
+    options = options_of(tmp_path, "--bad_examples", "skip")
     preflight.preflight(dataset_of(broken=[3, 7]), processor_of_demo(), options)
     assert "; 2 of them bad; " in capsys.readouterr().out
 
@@ -346,10 +345,14 @@ def test_what_an_interrupted_run_has_left_counts_as_room(tmp_path, monkeypatch):
     model, checkpoint = memory.sizes_on_disk(options, SHALLOW)
     needed = model + checkpoint  # of 100 steps
     assert disk_of(monkeypatch, needed - 1, options, SHALLOW)
-    (tmp_path / "checkpoint-100").mkdir()
-    (tmp_path / "checkpoint-100" / "optimizer.pt").write_bytes(bytes(1000))
+    options.resume_from = tmp_path / "checkpoint-100"
+    options.resume_from.mkdir()
+    (options.resume_from / "optimizer.pt").write_bytes(bytes(1000))
     assert disk_of(monkeypatch, needed - 1001, options, SHALLOW)
     assert disk_of(monkeypatch, needed - 1000, options, SHALLOW) == []
+    options.num_train_epochs = 2  # and so there is one more to come
+    assert disk_of(monkeypatch, needed + checkpoint - 1001, options, SHALLOW)
+    assert disk_of(monkeypatch, needed + checkpoint - 1000, options, SHALLOW) == []
 
 
 @pytest.mark.parametrize("method", ["full", "frozen", "lora"])
