@@ -28,6 +28,7 @@ UPLOADED = ("README.md", "config.json", "generation_config.json", "*.safetensors
 UPLOADED += ("adapter_config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 LEFT_OUT = ("*/*",)
 
+ENGLISH = {"nielsr/docvqa_1200_examples", "lmms-lab/DocVQA", "HuggingFaceM4/DocumentVQA", "HuggingFaceM4/the_cauldron"}
 METHODS = {
     "full": "full fine-tuning",
     "frozen": "fine-tuning with the image model frozen",
@@ -38,27 +39,20 @@ METHODS = {
 
 def write_model_card(
     options: argparse.Namespace,
+    train_data: Any,
+    eval_data: Any,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-    *,
     task: str,
     metrics: Mapping[str, str],
-    trained_on: str,
-    evaluated_on: str,
-    question: str,
-    num_images: int = 1,
-    language: str | None = None,
 ) -> None:
     """Write `README.md` into the output folder, on the first process; in place of PEFT's own.
 
     Args:
+        train_data, eval_data: `Rows` or `Conversations`; of what is not from the hub the name alone is told.
         before, after: the totals of both evaluations.
         task: its name, for people.
         metrics: which of the totals are scores -> their names, for people.
-        trained_on, evaluated_on: hub id (`ID` or `ID:CONFIG`), file or folder; of the latter the name alone is told.
-        question: one in the form that was trained, for the command that asks it.
-        num_images: of a question.
-        language: the data's, as ISO 639-1; None where it is not known.
     """
     if not is_first_process():
         return
@@ -66,12 +60,13 @@ def write_model_card(
     base = adapter["base_model_name_or_path"] if adapter else options.model_name_or_path
     scores = {name: title for name, title in metrics.items() if isinstance(after.get(name), int | float)}
     name = (options.push_to_hub or options.output_dir.resolve().name).split("/")[-1]
-    evaluated_id = hub_id(evaluated_on)
+    trained_on, evaluated_on = source_of(train_data), source_of(eval_data)
+    trained_id, evaluated_id = hub_id(trained_on), hub_id(evaluated_on)
     data = ModelCardData(
         base_model=hub_id(base),
         base_model_relation="adapter" if adapter else "finetune",
-        datasets=[hub_id(trained_on)] if hub_id(trained_on) else None,
-        language=language,
+        datasets=[trained_id] if trained_id else None,
+        language="en" if trained_id in ENGLISH else None,
         library_name="peft" if adapter else "transformers",
         license="mit",
         metrics=list(scores),
@@ -102,11 +97,16 @@ def write_model_card(
         ),
         f"## Training\n\nOn {in_words(trained_on)}.\n",
         table(("option", "value"), how_trained(options)),
-        f"## Use\n\n{how_to_use(where, base, bool(adapter), question, num_images)}",
+        f"## Use\n\n{how_to_use(where, base, bool(adapter))}",
         f"## Licence\n\n{in_words(OFFICIAL_REPOSITORY, '')} is published under the MIT licence. "
         "The data have licences of their own.",
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(options.output_dir / "README.md")
+
+
+def source_of(data: Any) -> str:
+    """The hub's id, file or folder that `Rows` or `Conversations` are from."""
+    return str(data.source if hasattr(data, "source") else data.path)
 
 
 def hub_id(source: str) -> str | None:
@@ -154,17 +154,16 @@ def how_trained(options: argparse.Namespace) -> list[tuple[str, str]]:
     ]
 
 
-def how_to_use(where: str, base: str, is_adapter: bool, question: str, num_images: int) -> str:
+def how_to_use(where: str, base: str, is_adapter: bool) -> str:
     """How it is asked and loaded."""
-    images = [f"image_{number}.png" for number in range(1, num_images + 1)] if num_images > 1 else ["page.png"]
-    words = ["python", "-m", "tools.predict", "--checkpoint", where]
-    command = shlex.join([*words, *(word for image in images for word in ("--image", image)), "--question", question])
+    command = f'python -m tools.predict --checkpoint {shlex.quote(where)} --image picture.png --question "…"'
     model = f'model = AutoModelForCausalLM.from_pretrained("{where}")'
     if is_adapter:
         model = model.replace(where, hub_id(base) or Path(base).name)
         model += f'\nmodel = PeftModel.from_pretrained(model, "{where}")'
     return (
-        f"In a checkout of the recipes:\n\n```bash\n{command}\n```\n\nor in Python, there:\n\n```python\n"
+        "In a checkout of the recipes, with an `--image` for each picture, and the question in the form of training:"
+        f"\n\n```bash\n{command}\n```\n\nor in Python, there:\n\n```python\n"
         "import common.phi3v  # makes the Auto classes know the model; no remote code\n"
         + ("from peft import PeftModel\n" if is_adapter else "")
         + "from transformers import AutoModelForCausalLM, AutoProcessor\n\n"
