@@ -19,7 +19,6 @@ from huggingface_hub.utils import validate_repo_id
 from .data import one_line
 from .errors import is_first_process, say
 from .files import read_json
-from .loading import adapter_alpha
 from .phi3v.configuration import OFFICIAL_REPOSITORY
 from .phi3v.processing import TOKENIZER_FILES
 
@@ -96,7 +95,7 @@ def write_model_card(
             [(scores[one], in_digits(before.get(one)), in_digits(after[one])) for one in scores],
         ),
         f"## Training\n\nOn {in_words(trained_on)}.\n",
-        table(("option", "value"), how_trained(options)),
+        table(("option", "value"), how_trained(options, adapter)),
         f"## Use\n\n{how_to_use(where, base, bool(adapter))}",
         f"## Licence\n\n{in_words(OFFICIAL_REPOSITORY, '')} is published under the MIT licence. "
         "The data have licences of their own.",
@@ -137,13 +136,15 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
-def how_trained(options: argparse.Namespace) -> list[tuple[str, str]]:
+def how_trained(options: argparse.Namespace, adapter: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What was trained how, row by row."""
-    lora = f", rank {options.lora_rank}, alpha {adapter_alpha(options)}, dropout {options.lora_dropout:g}"
+    lora = (
+        f", rank {adapter['r']}, alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']:g}" if adapter else ""
+    )
     frozen = ", without the image model" if options.use_lora and options.freeze_vision_model else ""
     length = f"{options.max_steps} steps" if options.max_steps else f"{options.num_train_epochs} epochs"
     return [
-        ("method", METHODS[options.method] + (lora if options.use_lora else "") + frozen),
+        ("method", METHODS[options.method] + lora + frozen),
         ("data type", options.precision.name),
         ("length", length),
         ("examples per step", str(options.batch_size)),

@@ -47,9 +47,6 @@ def options_for(folder, **values):
         "use_lora": False,
         "freeze_vision_model": False,
         "precision": Precision("bf16", torch.bfloat16, None),
-        "lora_rank": 32,
-        "lora_alpha_ratio": 0.5,
-        "lora_dropout": 0.0,
         "max_steps": None,
         "num_train_epochs": 2,
         "batch_size": 64,
@@ -76,7 +73,7 @@ def write(options, before=BEFORE, after=AFTER, trained_on=MINI, evaluated_on=MIN
 
 
 def write_adapter(options, base):
-    fields = {"base_model_name_or_path": str(base)}
+    fields = {"base_model_name_or_path": str(base), "r": 32, "lora_alpha": 16, "lora_dropout": 0.0}
     (options.output_dir / "adapter_config.json").write_text(json.dumps(fields))
 
 
