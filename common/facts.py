@@ -32,7 +32,7 @@ PACKAGES += ("liger-kernel", "datasets", "pillow")
 # Options that divide the work, say where it goes or show more of it: a run with them may repeat a published row.
 NEUTRAL_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "seed"}
 NEUTRAL_OPTIONS |= {"num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu", "eval_steps"}
-NEUTRAL_OPTIONS |= {"batch_size_per_gpu", "gradient_checkpointing"}
+NEUTRAL_OPTIONS |= {"batch_size_per_gpu", "gradient_checkpointing", "timeout_minutes", "max_bad_steps"}
 # Options that a row is made of; those of the method and the precision are compared by what they come to.
 ROW_OPTIONS = {"model_name_or_path", "batch_size", "learning_rate", "num_train_epochs", "bf16", "use_flash_attention"}
 ROW_OPTIONS |= {"use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "freeze_vision_model"}

@@ -50,6 +50,7 @@ def visit(chromium):
         tab.goto(path.as_uri())
         return tab
 
+    open_page.complaints = complaints
     yield open_page
     assert complaints == []
     for context in opened:
@@ -193,6 +194,9 @@ def test_hostile_text(visit, tmp_path):
     # even where markup got in, the policy would let no script of it run
     tab.evaluate("() => { document.body.insertAdjacentHTML('beforeend', '<b onclick=\"window.hacked=1\">x</b>'); }")
     assert tab.evaluate("() => document.body.lastElementChild.onclick") is None
+    (refused,) = visit.complaints
+    assert "violates the following Content Security Policy directive" in refused
+    visit.complaints.clear()
 
 
 def test_classes(visit, tmp_path):
@@ -227,7 +231,7 @@ def test_both_schemes_and_narrow_windows(visit, report, scheme, width):
     tab = visit(report, color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 900})
     assert tab.evaluate("() => document.documentElement.scrollWidth") <= width
-    light = """selector => { const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+    light = """selector => { const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
       const style = getComputedStyle(document.querySelector(selector));
       return [style.color, style.backgroundColor].map(color => {
         canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
