@@ -246,29 +246,23 @@ def test_dry_run_leaves_nothing_behind(run, uninterrupted, tmp_path):
     assert not list(folder.glob("dry_run*"))
 
 
-def test_adapters_go_on_in_another_number_of_processes(run, uninterrupted, tmp_path):
-    """From two to one with the same global batch: sums in another order, so 1e-5 in float32, and no dropout."""
-    options = (*LORA, "--batch_size_per_gpu", 2)
-    two = uninterrupted(*options, world=2)
-    folder = tmp_path / "out"
-    code, text = run(folder, *options, "--resume", two / "checkpoint-3")
+@pytest.mark.parametrize(
+    ("options", "before", "after"),
+    [((*LORA, "--batch_size_per_gpu", 2), 2, 0), (CONFIGURATIONS["full"], 0, 2)],
+    ids=["lora, two to one", "full, one to two"],
+)
+def test_another_number_of_processes(run, uninterrupted, tmp_path, options, before, after):
+    """The same global batch: sums in another order, so 1e-5 in float32, and no dropout."""
+    there, folder = uninterrupted(*options, world=before), tmp_path / "out"
+    code, text = run(folder, *options, "--resume", there / "checkpoint-3", world=after)
     assert code == 0, text[-3000:]
-    found, expected = ([line for line in losses(one) if "loss" in line] for one in (folder, two))
+    found, expected = ([line for line in losses(one) if "loss" in line] for one in (folder, there))
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["learning_rate"] == other["learning_rate"]
     assert found[0] == expected[0]  # taken over with the checkpoint
     assert found[-1] != expected[-1]  # taken anew; else nothing was tested
-
-
-def test_deepspeed_keeps_its_number_of_processes(run, uninterrupted, tmp_path):
-    """Its state is divided over them; that is said before anything runs, and both processes end."""
-    options = CONFIGURATIONS["full"]
-    folder = copy_of(uninterrupted(*options), tmp_path)
-    code, text = run(folder, *options, world=2)
-    assert code == 2, text[-3000:]
-    assert "num_processes 1 there, 2 here" in text
 
 
 def test_the_records_name_no_place_of_the_output(uninterrupted):

@@ -556,7 +556,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first of them (%(default)s)")
     parser.add_argument("--bad_inputs", type=int, default=1, metavar="N", help="of each kind (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the figures there")
-    parser.add_argument("--keep", action="store_true", help="the figures of other seeds that stand there already")
+    parser.add_argument("--keep", action="store_true", help="keep the figures of others that stand there")
     options = parser.parse_args(words)
     if options.keep and not options.output:
         parser.error("--keep is of --output")
@@ -565,7 +565,9 @@ def main(words: Sequence[str] | None = None) -> int:
     inputs: list[dict[str, Any]] = []
     seeds = range(options.first, options.first + options.seeds)
     if options.keep:
-        faults += [one for one in read(options.output).get("faults", []) if one["seed"] not in seeds]
+        there = read(options.output)
+        faults += [one for one in there.get("faults", []) if one["seed"] not in seeds]
+        inputs += [one for one in there.get("bad_inputs", []) if one["number"] >= options.bad_inputs]
 
     def write() -> None:
         if options.output:
