@@ -4,7 +4,6 @@ machine, data, commit, and the published row that it repeats."""
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,13 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as compute
 import torch
 
+from .data import fingerprint
 from .errors import is_first_process
 from .files import write_json
 
@@ -61,8 +60,8 @@ def run_facts(options: argparse.Namespace, data: Mapping[str, Any]) -> dict[str,
 
     Returns:
         `script`, `command`, `started`, `options` (each with `name`, `value`, `default` and its `origin`: given,
-        default or derived), `versions`, `machine`, `data` (see `fingerprint`), `commit`, `published` (see
-        `published_row`).
+        default or derived), `versions`, `machine`, `data` (for every use its `source` and `fingerprint`), `commit`,
+        `published` (see `published_row`).
     """
     return {
         "script": Path(sys.argv[0]).name,
@@ -74,7 +73,11 @@ def run_facts(options: argparse.Namespace, data: Mapping[str, Any]) -> dict[str,
         ],
         "versions": versions(),
         "machine": machine(options),
-        "data": {use: fingerprint(one) for use, one in data.items() if one is not None},
+        "data": {
+            use: {"source": _source(one), "fingerprint": fingerprint(one)}
+            for use, one in data.items()
+            if one is not None
+        },
         "commit": commit(),
         "published": published_row(options, Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")),
     }
@@ -103,6 +106,10 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "name", value))
 
 
+def _source(data: Any) -> str:
+    return str(data.path) if hasattr(data, "path") else f"{data.source}, split {data.split}"
+
+
 def versions() -> dict[str, str]:
     """Of Python, CUDA and the libraries that compute."""
     found = {"python": platform.python_version()}
@@ -129,47 +136,6 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "processes": options.num_processes,
         "system": platform.platform(),
     }
-
-
-def fingerprint(data: Any) -> dict[str, Any]:
-    """Where data come from, how many they are, and a digest of their texts and of their pictures' sizes, in order.
-
-    The pictures' own content is left out: it would have to be read from the disk for nothing else.
-
-    Args:
-        data: `Rows`, whose pictures count by their files' sizes in bytes (or, where they lie in files, by their
-            names), or `Conversations`, whose count by width and height.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    if hasattr(data, "records"):
-        source, contents = str(data.path), zip(data.records, data.sizes, strict=True)
-    else:
-        source, contents = (
-            f"{data.source}, split {data.split}",
-            zip(data.without_images(), _pictures(data), strict=True),
-        )
-    for content in contents:
-        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return {"source": source, "rows": len(data), "digest": digest.hexdigest()}
-
-
-def _pictures(rows: Any) -> Iterator[list[Any]]:
-    """For every row its pictures' sizes in bytes, or their names; read as Arrow: no picture becomes a Python object."""
-    columns = [name for name in ("image", "images") if name in rows.columns]
-    if not columns:
-        yield from ([] for _ in range(len(rows)))
-        return
-    for batch in rows.table.select_columns(columns).with_format("arrow").iter(batch_size=64):
-        of_row: list[list[Any]] = [[] for _ in range(len(batch))]
-        for name in columns:
-            cells, parents = batch[name].combine_chunks(), range(len(batch))
-            if name == "images":
-                parents, cells = compute.list_parent_indices(cells).to_pylist(), compute.list_flatten(cells)
-            sizes = compute.binary_length(compute.struct_field(cells, "bytes")).to_pylist()
-            paths = compute.struct_field(cells, "path").to_pylist()
-            for parent, size, path in zip(parents, sizes, paths, strict=True):
-                of_row[parent].append(size if size is not None or path is None else Path(path).name)
-        yield from of_row
 
 
 def commit() -> str | None:

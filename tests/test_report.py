@@ -1,6 +1,5 @@
 """The report of runs in every state; its numbers against known ones; nothing from data gets out of its place."""
 
-import dataclasses
 import importlib
 import json
 import random
@@ -17,7 +16,7 @@ from common import facts, report
 from common.cli import Precision, make_parser, parse_options
 from common.errors import UserError
 from common.evaluation import Generated
-from common.facts import fingerprint, note_origins, published_row, run_facts
+from common.facts import note_origins, published_row, run_facts
 from common.report import estimate, estimate_gain, read_evaluation, read_log, read_run, render, save_pictures
 from tests import report_runs, small_data
 from tests.report_runs import HOSTILE, options_of, page, write_classes, write_documents, write_log, write_run
@@ -424,7 +423,7 @@ def test_text_is_escaped(tmp_path):
     stored = json.loads((folder / "run_facts.json").read_text())
     stored["options"].append({"name": HOSTILE, "value": HOSTILE, "default": None, "origin": HOSTILE})
     stored |= {"commit": HOSTILE, "command": HOSTILE, "script": HOSTILE}
-    stored |= {"versions": {HOSTILE: HOSTILE}, "data": {HOSTILE: {"source": HOSTILE, "rows": 1, "digest": HOSTILE}}}
+    stored |= {"versions": {HOSTILE: HOSTILE}, "data": {HOSTILE: {"source": HOSTILE, "fingerprint": HOSTILE}}}
     (folder / "run_facts.json").write_text(json.dumps(stored))
     found = rendered(folder)
     assert found.tags.count("script") == 2, "the data and the page's own"
@@ -505,22 +504,16 @@ def test_output_folder_left_at_its_default():
     assert found["output_dir"] == {"name": "output_dir", "value": "output", "default": "output", "origin": "default"}
 
 
-def test_fingerprint(tmp_path):
-    """The same for the same data; another for other texts, another order, and other pictures."""
-    mini, cauldron = small_data.write_docvqa_pages(tmp_path)
-    for source in (mini, cauldron):
-        rows = report_runs.rows_of(source, "train")
-        again = report_runs.rows_of(source, "train")
-        assert fingerprint(rows) == fingerprint(again)
-        assert fingerprint(rows)["rows"] == 12
-        backwards = rows.select(range(11, -1, -1))
-        assert fingerprint(backwards)["digest"] != fingerprint(rows)["digest"]
-        assert fingerprint(rows.first(11))["digest"] != fingerprint(rows)["digest"]
-        shifted = rows.table.remove_columns([name for name in ("image", "images") if name in rows.columns])
-        name = "image" if "image" in rows.columns else "images"
-        cells = list(rows.table[name])
-        shifted = shifted.add_column(name, [*cells[1:], cells[0]], feature=rows.table.features[name])
-        assert fingerprint(dataclasses.replace(rows, table=shifted))["digest"] != fingerprint(rows)["digest"]
+def test_data_are_told(tmp_path):
+    rows = report_runs.rows_of(small_data.write_docvqa_pages(tmp_path)[0], "train")
+    record = {"id": "1", "conversations": [{"images": [], "user": "a", "assistant": "b"}]}
+    lines = report_runs.conversations_of(tmp_path, [record])
+    found = run_facts(options_of(tmp_path), {"train": rows, "evaluation": lines, "nothing": None})["data"]
+    assert list(found) == ["train", "evaluation"]
+    assert found["train"]["source"].endswith("mini/data, split train")
+    assert found["train"]["fingerprint"].startswith("12 rows, ")
+    assert found["evaluation"]["source"] == str(tmp_path / "data.jsonl")
+    assert found["evaluation"]["fingerprint"].startswith("1 rows, ")
 
 
 def on_gpu(options, precision="bf16"):
