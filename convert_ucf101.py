@@ -98,7 +98,8 @@ def unpack(archive: Path, folder: Path) -> Path:
         with tarfile.open(archive, "r:*") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                outside = path.is_absolute() or ".." in path.parts or "\0" in member.name
+                if outside or not (member.isfile() or member.isdir()):
                     raise user_error(
                         f"{archive}: its member {member.name} leaves the folder, or is a link or a device; the archive "
                         f"is not what {HUB_ID} publishes: fetch {HUB_FILE} from there"

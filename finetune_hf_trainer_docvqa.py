@@ -2,7 +2,6 @@
 
     # minimal: 1,000 questions, 200 test questions
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py
-
     # full training set (10.2 k pages, 39.5 k questions)
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention \
         --batch_size 64 --output_dir <output_dir> --learning_rate <lr> --num_train_epochs <epochs>
@@ -22,6 +21,7 @@ from common.errors import run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import anls, anls_recipe, mean
+from common.preflight import preflight
 from common.training import is_saved, once, save, start, train
 
 MINI = "nielsr/docvqa_1200_examples"
@@ -125,6 +125,7 @@ def main() -> None:
     arguments = start(options, train_rows, eval_rows)
     processor = load_processor(options)
     dataset = None if options.eval_only else training_set(train_rows, processor, options)
+    preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_rows, options, "eval_before")

@@ -26,6 +26,7 @@ from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import auroc, exact_match, mean, strip_answer
+from common.preflight import preflight
 from common.training import is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:hateful_memes"
@@ -124,6 +125,7 @@ def main() -> None:
     processor = load_processor(options)
     examples = functools.partial(make_example, train_rows)
     dataset = None if options.eval_only else ExampleDataset(len(train_rows), examples, processor, options.seed)
+    preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_rows, options, "eval_before")

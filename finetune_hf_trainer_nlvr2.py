@@ -16,15 +16,14 @@ from typing import Any
 from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
-from common.data import ExampleDataset, Rows
 from common.errors import UserError, run, say
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean
+from common.preflight import preflight
 from common.training import is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:nlvr2"
-LAYOUTS = (("images", "texts"),)
 EVAL_ROWS = 500  # as published: the first 500 rows for evaluation, the rest for training
 EVAL_FILE = "dev.json"  # of the original files
 QUESTION = "{sentence} Is this statement true? Answer yes or no."  # they hold bare sentences
@@ -46,18 +45,18 @@ def parse() -> argparse.Namespace:
 # --- data
 
 
-def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
+def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]:
     folder = Path(options.data_dir or "")
     if options.eval_file or (options.data_dir and (folder / "train.json").is_file()):
         eval_rows = original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False)
         train_rows = None if options.eval_only else original_rows(folder, "train.json", options, by_pair=True)
     else:
-        rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
+        rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
     return train_rows, eval_rows.first(options.eval_limit)
 
 
-def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair: bool) -> Rows:
+def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair: bool) -> data.Rows:
     """An original file in the_cauldron's layout: a row per pair of pictures with all its sentences, or per sentence."""
     rows: dict[str, dict[str, Any]] = {}
     missing, images = [], data.ImageFinder(folder, inside=("images", "."))
@@ -82,7 +81,7 @@ def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair:
     return data.rows_of_records(str(folder), name.removesuffix(".json"), list(rows.values()))
 
 
-def make_example(rows: Rows, numbers: list, index: int, generator: random.Random | None = None) -> Example:
+def make_example(rows: data.Rows, numbers: list, index: int, generator: random.Random | None = None) -> Example:
     """The pictures in the first turn, the row's further questions as further turns; or one question alone."""
     row_index, number = numbers[index]
     row, place = rows[row_index], rows.place(row_index)
@@ -93,16 +92,16 @@ def make_example(rows: Rows, numbers: list, index: int, generator: random.Random
     return Example(place, [first, *(Turn(text["user"], text["assistant"]) for text in texts[1:])])
 
 
-def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> ExampleDataset:
+def training_set(rows: data.Rows, processor: Any, options: argparse.Namespace) -> data.ExampleDataset:
     numbers = data.number_questions(rows, each=options.separate_questions or options.share_images)
     pictures = data.number_pictures(rows, numbers) if options.share_images else None
-    return ExampleDataset(len(numbers), partial(make_example, rows, numbers), processor, options.seed, pictures)
+    return data.ExampleDataset(len(numbers), partial(make_example, rows, numbers), processor, options.seed, pictures)
 
 
 # --- metric
 
 
-def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
+def evaluate(model: Any, processor: Any, rows: data.Rows, options: argparse.Namespace, name: str) -> dict[str, float]:
     """Accuracy on the rows' first questions, written to `<name>.json`."""
     asked = partial(make_example, rows, [(row, 0) for row in range(len(rows))])
     generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=data.number_pictures(rows))
@@ -126,6 +125,7 @@ def main() -> None:
     arguments = start(options, train_rows, eval_rows)
     processor = load_processor(options)
     dataset = None if options.eval_only else training_set(train_rows, processor, options)
+    preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_rows, options, "eval_before")

@@ -21,6 +21,7 @@ from common.errors import run, say
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
+from common.preflight import preflight
 from common.training import is_saved, once, save, start, train
 
 OTHER = "(other)"  # an answer that names no class
@@ -98,6 +99,7 @@ def main() -> None:
     processor = load_processor(options)
     examples = functools.partial(make_example, train_data)
     dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
+    preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
     for data in filter(None, (eval_data, train_data)):
         check_lengths(data, processor, model.config.max_position_embeddings)

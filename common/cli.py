@@ -7,6 +7,7 @@ which checks every option before anything is loaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from .errors import UserError, is_first_process, note_options, raise_all
 from .phi3v.stock import find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
+MOST = 2**31 - 1  # of any number; what is beyond it, the libraries do not take for a seed, a size or a time
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
 
 # AdamW as the Trainer names its kinds; of those of bitsandbytes some keep their state in 8 bits, some outside the GPU.
@@ -237,7 +239,16 @@ def parse_options(
         UserError: with all problems at once, before anything is loaded.
     """
     parser.error = _raise_user_error
+    for kind in (int, float):
+        parser.register("type", kind, functools.partial(_read_number, kind))
     options = parser.parse_args()
+    problems = []
+    for name, value in vars(options).items():
+        if isinstance(value, _NoNumber):
+            problems.append(f"--{name} {value}: it must be a {'whole ' if value.kind is int else ''}number")
+            setattr(options, name, parser.get_default(name))  # so that the other options can be checked
+        elif name in PATHS and value == "":
+            problems.append(f"--{name} is given and empty: name something, or leave the option out")
     options.use_lora = options.use_lora or options.use_qlora
     if options.use_flash_attention and flash_attention_implies_bf16:
         options.bf16 = True
@@ -250,7 +261,7 @@ def parse_options(
         if getattr(options, name, None):
             setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
-    problems = [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
+    problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     raise_all(problems)
     at_once = options.num_processes * options.batch_size_per_gpu
@@ -270,6 +281,21 @@ def parse_options(
 def _raise_user_error(message: str) -> NoReturn:
     """Instead of argparse's own way out, which prints the whole usage, once for every process."""
     raise UserError(f"{message} (--help lists the options)")
+
+
+class _NoNumber(str):
+    """What stands in a number's place; argparse's own error would be the only one told."""
+
+    kind: type
+
+
+def _read_number(kind: type, text: str) -> float | _NoNumber:
+    try:
+        return kind(text)
+    except ValueError:
+        wrong = _NoNumber(text)
+        wrong.kind = kind
+        return wrong
 
 
 def _method(options: argparse.Namespace) -> str:
@@ -329,7 +355,10 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
     if options.freeze_vision_model:
         given = [f"--{name}" for name in PART_LEARNING_RATES if getattr(options, name) is not None]
         problems += [f"{name} is of what --freeze_vision_model does not train: leave one of them out" for name in given]
-    if options.lora_rank > 0 and 0 < options.lora_alpha_ratio < float("inf"):
+    for name, value in vars(options).items():
+        if isinstance(value, int | float) and MOST < value < float("inf"):
+            problems.append(f"--{name} {value}: it must be at most {MOST}")
+    if 0 < options.lora_rank <= MOST and 0 < options.lora_alpha_ratio <= MOST:
         alpha = round(options.lora_rank * options.lora_alpha_ratio)
         if alpha < 1:
             problems.append(
@@ -387,7 +416,7 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
     for name in SOURCES:
         value = getattr(options, name, None)
         # a hub id has at most one slash and is no path
-        if value and not Path(value).exists() and (value.count("/") > 1 or value[0] in "./~"):
+        if value and not os.path.exists(value) and (value.count("/") > 1 or value[0] in "./~"):
             problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
     if options.eval_only or options.method not in ("full", "frozen"):
         if options.deepspeed:
@@ -404,17 +433,19 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
 def deepspeed_file(options: argparse.Namespace) -> Path:
     """The DeepSpeed configuration: as given, or beside the scripts."""
     given = Path(options.deepspeed or DEEPSPEED)
-    return given if given.is_file() else Path(__file__).resolve().parent.parent / given
+    return given if os.path.isfile(given) else Path(__file__).resolve().parent.parent / given
 
 
 def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     file = deepspeed_file(options)
-    if not file.is_file():
+    if not os.path.isfile(file):  # of a name too long Path.is_file raises an error
         return [f"--deepspeed {file}: there is no such file; ds_configs/ holds zero2, zero2_offload and zero3"]
     try:
         configuration = json.loads(file.read_text())
         stage = configuration["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"it is {stage!r}, not 0 to 3")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"--deepspeed {file}: no JSON with zero_optimization.stage ({error})"]
     own = [name for name in ("optimizer", "scheduler") if name in configuration]
     if own:
@@ -437,8 +468,10 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
 
 def _output_problems(options: argparse.Namespace) -> list[str]:
     folder = options.output_dir
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder)  # a name too long
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -450,7 +483,7 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
     if options.resume not in ("auto", "never"):
         if options.overwrite:
             return [f"--resume {options.resume} goes on with a run, and --overwrite begins anew: leave one of them out"]
-        if not Path(options.resume).is_dir():
+        if not os.path.isdir(options.resume):
             return [f"--resume {options.resume}: it is auto, never, or the folder of a checkpoint, and there is none"]
     # Only the first process looks: by the time another one does, the run itself may have begun to write.
     if is_first_process() and not options.overwrite:

@@ -113,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _tells(error: UserError) -> bool:
     if dist.is_initialized():
-        return is_first_process() or not error.everywhere
+        return not error.everywhere or is_first_process()
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 

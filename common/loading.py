@@ -143,7 +143,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
     # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
     # training begins, and evaluation before and after is the same for every method.
     unset_hf_deepspeed_config()
-    arguments = {"dtype": options.precision.weights, "attn_implementation": options.attention}
+    arguments = {"dtype": options.precision.weights, "attn_implementation": options.attention, "use_safetensors": True}
     if options.use_qlora:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -54,6 +54,7 @@ def make_video(frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", p
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 25)
         stream.codec_context.max_b_frames = b_frames
+        stream.codec_context.thread_count = 4  # a frame's slices, and so its bytes, on any number of cores
         packets, moment = [], 0
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
@@ -530,6 +531,8 @@ def test_stopped_in_the_middle(tmp_path, sent):
 def member(name, kind=tarfile.REGTYPE, target=""):
     made = tarfile.TarInfo(name)
     made.type, made.linkname = kind, target
+    if "\0" in name:  # which only such a header can hold
+        made.pax_headers = {"path": name}
     return made
 
 
@@ -539,6 +542,7 @@ def member(name, kind=tarfile.REGTYPE, target=""):
         member("../evil.avi"),
         member("UCF101_subset/train/../../../evil/A/evil.avi"),
         member("/tmp/train/A/evil.avi"),
+        member("UCF101_subset/train/A/evil\0.avi"),
         member("UCF101_subset/train/A/link.avi", tarfile.SYMTYPE, "/etc/passwd"),
         member("UCF101_subset/train/A", tarfile.SYMTYPE, "../../.."),
         member("UCF101_subset/train/A/hard.avi", tarfile.LNKTYPE, "UCF101_subset/val/A/v.avi"),

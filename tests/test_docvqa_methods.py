@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from common.demo import CHECKPOINT, write_docvqa
 from common.phi3v import Phi3VProcessor
-from tests.launch import read_evaluation, read_log, run_script
+from tests.launch import TOKENS, read_evaluation, read_log, run_script
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 STEPS = 8
@@ -145,6 +145,18 @@ def test_output_folder_is_complete(run_of, method):
     assert expected <= names
     assert (folder / "tokenizer.json").read_bytes() == (CHECKPOINT / "tokenizer.json").read_bytes()
     assert json.loads((folder / "preprocessor_config.json").read_text())["num_crops"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_token_is_written(run_of, method):
+    """Neither the values nor the half of one, on the screen or in any file, TensorBoard's among them."""
+    output, folder = run_of(method)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for token in TOKENS.values():
+        half = token[len(token) // 2 :]
+        assert half not in output
+        assert [path for path in files if half.encode() in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -89,7 +89,8 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
         (tmp_path / f"ucf101_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ("--model_name_or_path", str(CHECKPOINT), "--data_dir", str(tmp_path), "--num_crops", "1")
     monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
-    monkeypatch.setattr(ucf101, "start", lambda *ignored: None)
+    for name in ("start", "preflight"):
+        monkeypatch.setattr(ucf101, name, lambda *ignored: None)
     model = argparse.Namespace(config=argparse.Namespace(max_position_embeddings=900))
     monkeypatch.setattr(ucf101, "load_model", lambda *ignored: model)
     message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens at num_crops=1, the model takes 900: lower --num_crops"
