@@ -236,6 +236,7 @@ def test_places_are_read_without_waiting():
     assert not second._thread.is_alive()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_store_does_not_end_the_run():
     class Broken:
         def set(self, key, value):
