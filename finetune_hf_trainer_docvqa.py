@@ -22,7 +22,7 @@ from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import anls, anls_recipe, mean
 from common.preflight import preflight
-from common.training import is_saved, once, save, start, train
+from common.training import finish, is_saved, once, save, start, train
 
 MINI = "nielsr/docvqa_1200_examples"
 FULL = "HuggingFaceM4/the_cauldron:docvqa"
@@ -143,7 +143,7 @@ def main() -> None:
     model = load_model(options.output_dir, options)
     after = once(evaluate, model, processor, eval_rows, options, "eval_after")
     say(f"after training:  {in_words(after)}")
-    say(f"gain:            ANLS {after['anls'] - before['anls']:+.4f}")
+    finish(options, train_rows, eval_rows, before, after, "DocVQA", {"anls": "ANLS"})
 
 
 if __name__ == "__main__":

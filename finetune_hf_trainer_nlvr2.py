@@ -21,7 +21,7 @@ from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean
 from common.preflight import preflight
-from common.training import is_saved, once, save, start, train
+from common.training import finish, is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:nlvr2"
 EVAL_ROWS = 500  # as published: the first 500 rows for evaluation, the rest for training
@@ -143,7 +143,7 @@ def main() -> None:
     model = load_model(options.output_dir, options)
     after = once(evaluate, model, processor, eval_rows, options, "eval_after")
     say(f"after training:  accuracy {after['accuracy']:.4f}")
-    say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
+    finish(options, train_rows, eval_rows, before, after, "NLVR2", {"accuracy": "accuracy"})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common.evaluation import generate_answers, write_confusion, write_evaluatio
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
 from common.preflight import preflight
-from common.training import is_saved, once, save, start, train
+from common.training import finish, is_saved, once, save, start, train
 
 OTHER = "(other)"  # an answer that names no class
 
@@ -119,7 +119,7 @@ def main() -> None:
     model = load_model(options.output_dir, options)
     after = once(evaluate, model, processor, eval_data, classes, options, "eval_after")
     say(f"after training:  accuracy {after['accuracy']:.4f}")
-    say(f"gain:            accuracy {after['accuracy'] - before['accuracy']:+.4f}")
+    finish(options, train_data, eval_data, before, after, "UCF-101", {"accuracy": "accuracy"})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
 from .errors import UserError, is_first_process, note_options, raise_all
+from .facts import note_origins
+from .model_card import push_problems
 from .phi3v.stock import find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
@@ -45,7 +47,8 @@ PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
 BAD_EXAMPLES = "bad_examples.jsonl"  # what --bad_examples skip has left out
 RUN_FILES = (
-    *(RUN_RECORD, "stages.json", "eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
+    *(RUN_RECORD, "stages.json", "run_facts.json", "report.html"),
+    *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
     BAD_EXAMPLES,
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
 )
@@ -215,6 +218,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     rare.add_argument(
         "--report_to", default="none", metavar="NAMES", help="tensorboard, wandb, trackio: by comma (%(default)s)"
     )
+    rare.add_argument("--push_to_hub", metavar="NAME/MODEL", help="upload the trained model and its card, privately")
     rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
     return parser
 
@@ -263,7 +267,9 @@ def parse_options(
     options.output_dir = Path(options.output_dir)
     problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
+    problems += push_problems(options.push_to_hub)
     raise_all(problems)
+    note_origins(options, parser)
     at_once = options.num_processes * options.batch_size_per_gpu
     options.accumulation = None if options.packs else options.batch_size // at_once
     options.attention = choose_attention(options)

@@ -29,7 +29,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "
 PACKAGES += ("liger-kernel", "datasets", "pillow")
 
 # Options that divide the work, say where it goes or show more of it: a run with them may repeat a published row.
-NEUTRAL_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "seed"}
+NEUTRAL_OPTIONS = {"push_to_hub"}
+NEUTRAL_OPTIONS |= {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "seed"}
 NEUTRAL_OPTIONS |= {"num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu", "eval_steps"}
 NEUTRAL_OPTIONS |= {"batch_size_per_gpu", "gradient_checkpointing", "timeout_minutes", "max_bad_steps"}
 # Options that a row is made of; those of the method and the precision are compared by what they come to.

@@ -17,9 +17,10 @@ import os
 import resource
 import shutil
 import socket
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,15 @@ from .cli import deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, fingerprint, loader_context
 from .errors import UserError, is_first_process, say
+from .facts import write_facts
 from .files import INCOMPLETE, read_json
 from .layers import causal_lm_of
+from .model_card import push_to_hub, write_model_card
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
 from .progress import TrainingProgress
+from .report import write_report
 from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
 
@@ -137,6 +141,7 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         record = record_of(options, train_rows=fingerprint(train_data), eval_rows=fingerprint(eval_data))
         options.resume_from = _find_what_to_resume(options, record)
     options.stopping = Stopping(options.grace_seconds)
+    write_facts(options, {"train": train_data, "evaluation": eval_data})
     set_seed(options.seed)
     say(describe(options))
     return arguments
@@ -709,7 +714,8 @@ def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
         return names
 
     try:
-        finish_stage(folder, SAVED, on_first(write))
+        # PEFT's README.md is left out, for the model card takes its place
+        finish_stage(folder, SAVED, [name for name in on_first(write) if name != "README.md"])
     except NotWrittenError as error:
         left = [path.name for path in checkpoints_in(folder)][:1] or ["the beginning"]
         raise UserError(
@@ -717,6 +723,43 @@ def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
             f"again, which goes on from {left[0]}"
         ) from error
     free_memory(trainer)
+
+
+def finish(
+    options: argparse.Namespace,
+    train_data: Any,
+    eval_data: Any,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    task: str,
+    metrics: Mapping[str, str],
+) -> None:
+    """Say what the run has come to; write its report and the model's card; upload the model where that is asked for.
+
+    Args:
+        train_data, eval_data: as `start` has them.
+        before, after: the totals of both evaluations.
+        task: its name, for people.
+        metrics: which of the totals are scores -> their names, for people.
+    """
+    for metric, name in metrics.items():
+        if None not in (before[metric], after[metric]):
+            say(f"gain:            {name} {after[metric] - before[metric]:+.4f}")
+    write_model_card(options, train_data, eval_data, before, after, task, metrics)
+    write_report(options)
+    push_to_hub(options)
+    if is_first_process():
+        lines = [json.loads(line) for line in (options.output_dir / "train_log.jsonl").read_text().splitlines()]
+        speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
+        memory = max((line["memory_peak_gb"] for line in lines if "memory_peak_gb" in line), default=0.0)
+        if speeds:
+            speed = statistics.median(speeds)
+            say(
+                f"trained:         {lines[-1]['step']} steps, {speed:.3g} examples/s, at most {memory:.1f} GB a process"
+            )
+        say(f"model and files: {options.output_dir}")
+        command = f"python -m tools.predict --checkpoint {options.output_dir}"
+        say(f'to try it:       {command} --image FILE --question "…"')
 
 
 def free_memory(trainer: RecipeTrainer) -> None:

@@ -7,6 +7,7 @@ there is no CUDA GPU `--use_flash_attention` is left out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -83,7 +84,8 @@ def scripts_to_be_made(text: str) -> set[str]:
 
 def shorten(command: str) -> list[str]:
     """A command -> the words to run, in which `{docvqa}`, `{docvqa_full}`, `{hateful_memes}`, `{nlvr2}`, `{ucf101}`,
-    `{archive}`, `{videos}`, `{out}` and `{port}` stand for folders, files and a number that `fill_in` knows.
+    `{archive}`, `{videos}`, `{picture}`, `{adapter}`, `{out}` and `{port}` stand for folders, files and a number that
+    `fill_in` knows.
 
     Raises:
         ValueError: for a placeholder that this function does not know.
@@ -141,6 +143,13 @@ def shorten_tool(words: list[str]) -> list[str]:
         words[3] = "{ucf101}/ucf101_train.jsonl"
         words[words.index("--image_dir") + 1] = "{ucf101}/images"
         return [*words, "--model_name_or_path", str(CHECKPOINT)]
+    if module == "tools.predict":
+        small = {"--checkpoint": str(CHECKPOINT), "--image": "{picture}", "--data": "{ucf101}/ucf101_test.jsonl"}
+        small |= {"--image_dir": "{ucf101}/images", "--output": "{out}/answers.jsonl"}
+        replaced = [words[0], *(small.get(option, word) for option, word in itertools.pairwise(words))]
+        return [*replaced, "--num_crops", "1", "--max_new_tokens", "4"]
+    if module == "tools.merge":
+        return [*words[:3], "{adapter}", "{out}/merged", *words[5:]]
     if module == "common.demo" and words[3] == "data":
         return [*words, "--out", "{out}/data", "--train_pages", "2", "--test_pages", "2"]
     if module == "common.demo_pretrain":

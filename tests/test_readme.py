@@ -42,16 +42,22 @@ from tests.commands import (
     start,
 )
 from tests.launch import read_evaluation, run_script
+from tests.test_merge import save_adapter
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
 RECURSIVE = ("make test", "make test-all")
 WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
 WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/", "results/", ".venv/"}
+WRITTEN_BY_RUNS |= {"adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json"}
+WRITTEN_BY_RUNS |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 WRITTEN_BY_RUNS |= {f"ucf101_{split}.jsonl" for split in ("train", "val", "test")}
 OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
     *("--no-build-isolation", "--index-url", "--nproc_per_node", "--nnodes", "--nodes", "--master_addr"),
     *("--master_port", "--node_rank", "--file", "--set", "--help"),
+    # vLLM's and SGLang's
+    *("--trust-remote-code", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs", "--quantization"),
+    "--model-path",
 }
 
 
@@ -208,6 +214,8 @@ def small(tmp_path_factory):
         "nlvr2": small_data.write_nlvr2(folder),
         "ucf101": folder / "converted",
         "archive": archive,
+        "picture": next((folder / "converted" / "images").rglob("*.jpg")),
+        "adapter": save_adapter(folder / "adapter"),
     }
 
 
