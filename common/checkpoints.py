@@ -459,7 +459,8 @@ class CheckpointingTrainer(Trainer):
         The Trainer would write one at the end of the last step too, just before the model is saved.
         """
         stops = self.stopping.agreed(self.args.device)
-        self.control.should_save = stops or self.state.global_step % self.args.save_steps == 0
+        self.control.should_save &= self.state.global_step % self.args.save_steps == 0
+        self.control.should_save |= stops
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stops:
             say(f"stopped after step {self.state.global_step}; the same command goes on from there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 from pathlib import Path
@@ -137,6 +138,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
     Raises:
         UserError: see `find_adapter`; weights that are missing, not expected or cannot be read.
     """
+    gc.collect()  # what trained before goes in circles, and two models of real size would not fit
     adapter_base = base_of_adapter(name_or_path)
     base = adapter_base or str(name_or_path)
     find_adapter(base)  # also the base must be a checkpoint of this model

@@ -176,6 +176,7 @@ WRONG = [
     (("--max_crops_per_call", 8, "--deepspeed", "ds_configs/zero3.json"), "--max_crops_per_call does not go with"),
     (("--torch_compile", "--deepspeed", "ds_configs/zero3.json"), "--torch_compile does not go with ZeRO-3"),
     (("--use_liger",), "--use_liger needs a CUDA GPU and there is none: leave the option out"),
+    (("--max_bad_steps", 0), "--max_bad_steps 0: it must be at least 1"),
     (("--save_steps", 0), "--save_steps 0: it must be at least 1"),
     (("--save_total_limit", 0), "--save_total_limit 0: it must be at least 1"),
     (("--grace_seconds", 0), "--grace_seconds 0.0: it must be above 0"),
