@@ -84,8 +84,8 @@ def scripts_to_be_made(text: str) -> set[str]:
 
 def shorten(command: str) -> list[str]:
     """A command -> the words to run, in which `{docvqa}`, `{docvqa_full}`, `{hateful_memes}`, `{nlvr2}`, `{ucf101}`,
-    `{archive}`, `{videos}`, `{picture}`, `{adapter}`, `{out}` and `{port}` stand for folders, files and a number that
-    `fill_in` knows.
+    `{archive}`, `{videos}`, `{picture}`, `{adapter}`, `{run}`, `{out}` and `{port}` stand for folders, files and a number
+    that `fill_in` knows.
 
     Raises:
         ValueError: for a placeholder that this function does not know.
@@ -148,6 +148,8 @@ def shorten_tool(words: list[str]) -> list[str]:
         small |= {"--image_dir": "{ucf101}/images", "--output": "{out}/answers.jsonl"}
         replaced = [words[0], *(small.get(option, word) for option, word in itertools.pairwise(words))]
         return [*replaced, "--num_crops", "1", "--max_new_tokens", "4"]
+    if module == "tools.report":
+        return [*words[:3], "{run}"]
     if module == "tools.merge":
         return [*words[:3], "{adapter}", "{out}/merged", *words[5:]]
     if module == "common.demo" and words[3] == "data":

@@ -42,12 +42,14 @@ from tests.commands import (
     start,
 )
 from tests.launch import read_evaluation, run_script
+from tests.report_runs import write_run
 from tests.test_merge import save_adapter
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
 RECURSIVE = ("make test", "make test-all")
 WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
+WRITTEN_BY_RUNS |= {"run.json", "run_facts.json", "stages.json", "manifest.json", "report.html"}
 WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/", "results/", ".venv/"}
 WRITTEN_BY_RUNS |= {"adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json"}
 WRITTEN_BY_RUNS |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -216,6 +218,7 @@ def small(tmp_path_factory):
         "archive": archive,
         "picture": next((folder / "converted" / "images").rglob("*.jpg")),
         "adapter": save_adapter(folder / "adapter"),
+        "run": write_run(folder / "run"),
     }
 
 
