@@ -13,7 +13,10 @@ runs the same functions and decodes every picture.
 
 from __future__ import annotations
 
+import os
 import re
+import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +54,47 @@ class Line:
         record: the line's dictionary; empty where it holds none.
         pictures: in the order of their tags, without those whose path is refused.
         problems: without file and line.
+        begin, length: where it stands in its file, in bytes.
     """
 
     number: int
     record: dict[str, Any]
     pictures: tuple[Picture, ...]
     problems: tuple[str, ...]
+    begin: int = 0
+    length: int = 0
+
+
+class Records(Sequence[dict[str, Any]]):
+    """The dictionaries of some of a file's lines, read when they are asked for: of a line 16 bytes are held.
+
+    Args:
+        path: the file, whose lines were checked.
+        begins, lengths: of the lines, in bytes.
+    """
+
+    def __init__(self, path: Path, begins: array[int], lengths: array[int]) -> None:
+        self.path, self.begins, self.lengths = path, begins, lengths
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A dictionary; for a slice the same for fewer lines.
+
+        Raises:
+            UserError: the file is another by now.
+        """
+        if isinstance(index, slice):
+            return Records(self.path, self.begins[index], self.lengths[index])
+        begin = self.begins[index]
+        # at a place of its own, for the processes forked from this one read from the same file
+        record, problem = parse_line(os.pread(self._file, self.lengths[index], begin))
+        if record is None:
+            raise UserError(f"{self.path}, byte {begin}: the file has changed since it was read ({problem})")
+        return record
 
 
 @dataclass(frozen=True)
@@ -68,9 +106,9 @@ class Conversations:
 
     path: Path
     image_dir: Path
-    lines: tuple[int, ...]
-    records: tuple[dict[str, Any], ...]
-    sizes: tuple[tuple[Size, ...], ...]
+    lines: Sequence[int]
+    records: Sequence[dict[str, Any]]
+    sizes: Sequence[tuple[Size, ...]]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -89,14 +127,14 @@ class Conversations:
 
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe."""
-        place = self.place(index)
+        place, record = self.place(index), self.records[index]
         files = [
             path_inside(self.image_dir, name, place)
-            for turn in self.records[index]["conversations"]
+            for turn in record["conversations"]
             for name in turn.get("images", ())
         ]
         images = [decode_image({"path": str(file)}, f"{place}, {readable(file)}") for file in files]
-        return Example(place, make_turns(self.records[index], images))
+        return Example(place, make_turns(record, images))
 
 
 class _SizesOnly:
@@ -135,12 +173,26 @@ def load_conversations(path: str | Path, image_dir: str | Path) -> Conversations
         UserError: with the file and line of every fault (the first 20 of them).
     """
     path, image_dir = Path(path), Path(image_dir)
-    lines = read_lines(path, image_dir)
-    sizes = {file: measure_image(file) for file in picture_files(lines)}
-    _raise_first([f"{path}, line {line.number}: {problem}" for line in lines for problem in find_problems(line, sizes)])
-    if not lines:
+    numbers, begins, lengths = array("Q"), array("Q"), array("Q")
+    problems: list[str] = []
+    measured: dict[Path, Size | str] = {}
+    sizes: list[tuple[Size, ...]] = []
+    equal: dict[Any, Any] = {}  # of equal sizes one is kept
+    for line in each_line(path, image_dir):
+        for file in picture_files([line]):
+            if file not in measured:
+                size = measure_image(file)
+                measured[file] = equal.setdefault(size, size)
+        problems += [f"{path}, line {line.number}: {problem}" for problem in find_problems(line, measured)]
+        own = tuple(measured[picture.file] for picture in line.pictures)
+        numbers.append(line.number)
+        begins.append(line.begin)
+        lengths.append(line.length)
+        sizes.append(equal.setdefault(own, own))
+    _raise_first(problems)
+    if not numbers:
         raise UserError(f"{path} is empty")
-    return gather(path, image_dir, lines, sizes)
+    return Conversations(path, image_dir, numbers, Records(path, begins, lengths), tuple(sizes))
 
 
 def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> None:
@@ -193,30 +245,36 @@ def _raise_first(problems: list[str]) -> None:
 
 
 def read_lines(path: Path, image_dir: Path) -> list[Line]:
+    """All that `each_line` gives."""
+    return list(each_line(path, image_dir))
+
+
+def each_line(path: Path, image_dir: Path) -> Iterator[Line]:
     """Read a file; check everything but the pictures themselves. Empty lines are passed over.
 
     Raises:
         UserError: when there is no such file.
     """
-    lines, line_of_id = [], {}
+    line_of_id: dict[str, int] = {}
+    end = 0
     try:
         with open(path, "rb") as file:
             for number, text in enumerate(file, start=1):
+                begin, end = end, end + len(text)
                 if not text.strip():
                     continue
                 record, problem = parse_line(text)
                 if record is None:
-                    lines.append(Line(number, {}, (), (problem,)))
+                    yield Line(number, {}, (), (problem,), begin, len(text))
                     continue
                 problems, pictures = _check_record(record, image_dir)
                 if isinstance(record.get("id"), str | int):
                     earlier = line_of_id.setdefault(str(record["id"]), number)
                     if earlier != number:
                         problems.append(f"line {earlier} has the id {record['id']!r} already")
-                lines.append(Line(number, record, tuple(pictures), tuple(problems)))
+                yield Line(number, record, tuple(pictures), tuple(problems), begin, len(text))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return lines
 
 
 def _check_record(record: dict[str, Any], image_dir: Path) -> tuple[list[str], list[Picture]]:
