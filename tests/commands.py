@@ -84,8 +84,8 @@ def scripts_to_be_made(text: str) -> set[str]:
 
 def shorten(command: str) -> list[str]:
     """A command -> the words to run, in which `{docvqa}`, `{docvqa_full}`, `{hateful_memes}`, `{nlvr2}`, `{ucf101}`,
-    `{archive}`, `{videos}`, `{picture}`, `{adapter}`, `{run}`, `{out}` and `{port}` stand for folders, files and a number
-    that `fill_in` knows.
+    `{archive}`, `{videos}`, `{picture}`, `{adapter}`, `{run}`, `{out}` and `{port}` stand for folders, files and a
+    number that `fill_in` knows.
 
     Raises:
         ValueError: for a placeholder that this function does not know.
