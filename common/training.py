@@ -299,6 +299,7 @@ class RecipeTrainer(WatchedTrainer):
         super().__init__(batches=batches, max_bad_steps=options.max_bad_steps, **kwargs)
         self.options, self.bad_examples = options, bad_examples
         self.rates: dict[str, float] = {}
+        self._log_lags = False
         self.start_counting()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -408,14 +409,22 @@ class RecipeTrainer(WatchedTrainer):
             logs["memory_peak_gb"] = round(most[1].item(), 3)
             self.start_counting()
         super().log(logs, start_time)
-        self.write_log(self.state.log_history[-1:], "a")
+        self.write_log()
 
-    def write_log(self, lines: list[dict[str, Any]], mode: str) -> None:
-        """Lines of the log to `train_log.jsonl`, the step first."""
-        if is_first_process():
-            with open(self.options.output_dir / "train_log.jsonl", mode, encoding="utf-8") as file:
-                for line in lines:
+    def write_log(self, whole: bool = False) -> None:
+        """The newest line of the log to `train_log.jsonl`, or all of them, the step first; on a full disk later."""
+        if not is_first_process():
+            return
+        whole = whole or self._log_lags
+        try:
+            with open(self.options.output_dir / "train_log.jsonl", "w" if whole else "a", encoding="utf-8") as file:
+                for line in self.state.log_history if whole else self.state.log_history[-1:]:
                     file.write(json.dumps({"step": line["step"], **line}) + "\n")
+            self._log_lags = False
+        except OSError as error:
+            if not self._log_lags:
+                say(f"train_log.jsonl could not be written ({error}): its lines follow when they can be")
+            self._log_lags = True
 
 
 def memory_peak() -> float:
@@ -465,7 +474,7 @@ class _WhileTraining(TrainerCallback):
         if not self.options.freeze_vision_model:
             run_vision_without_pictures(self.trainer.model)
         # a run that goes on forgets what it had logged after its checkpoint
-        self.trainer.write_log(self.trainer.state.log_history, "w")
+        self.trainer.write_log(whole=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
@@ -713,6 +722,7 @@ def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
         shutil.rmtree(beside)
         return names
 
+    trainer.write_log(whole=True)
     try:
         # PEFT's README.md is left out, for the model card takes its place
         finish_stage(folder, SAVED, [name for name in on_first(write) if name != "README.md"])

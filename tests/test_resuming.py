@@ -8,13 +8,16 @@ accumulates four micro-batches. Two processes by torchrun, and every moment, are
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from common.training import RecipeTrainer
 from tests.faults.forked import DOCVQA, exit_code, fork, kill
 from tests.faults.harness import (
     COMMON,
@@ -263,6 +266,23 @@ def test_another_number_of_processes(run, uninterrupted, tmp_path, options, befo
         assert one["learning_rate"] == other["learning_rate"]
     assert found[0] == expected[0]  # taken over with the checkpoint
     assert found[-1] != expected[-1]  # taken anew; else nothing was tested
+
+
+def test_a_log_that_cannot_be_written_is_written_later(tmp_path, capsys):
+    """A full disk costs no run for a line of its log."""
+    log = [{"loss": 2.5 - step, "step": step} for step in range(1, 5)]
+    trainer = SimpleNamespace(options=SimpleNamespace(output_dir=tmp_path), _log_lags=False)
+    for step in range(1, 5):
+        trainer.state = SimpleNamespace(log_history=log[:step])
+        most = 40 if step in (2, 3) else resource.RLIM_INFINITY  # a line and a half
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        try:
+            RecipeTrainer.write_log(trainer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert trainer._log_lags == (step in (2, 3))
+    assert capsys.readouterr().out.count("train_log.jsonl could not be written") == 1
+    assert losses(tmp_path) == log
 
 
 def test_the_records_name_no_place_of_the_output(uninterrupted):
