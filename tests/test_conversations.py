@@ -216,12 +216,14 @@ class Recorder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_evaluation_feeds_what_training_saw(folder, processor, batch_size):
+def test_evaluation_feeds_what_training_saw(monkeypatch, folder, processor, batch_size):
     """The last turn's prompt with all turns before it, token for token; only the last answer is left out."""
     write(folder, *MIXED)
     data, model = load(folder), Recorder()
+    limits = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=131072))
+    monkeypatch.setattr("common.evaluation.causal_lm_of", lambda model: limits)
     precision = Precision("fp32", torch.float32, None)
-    options = argparse.Namespace(num_workers=0, precision=precision, device="cpu", tqdm=False)
+    options = argparse.Namespace(num_workers=0, precision=precision, device="cpu", tqdm=False, bad_examples="stop")
     options.eval_batch_size_per_gpu = batch_size
     generate_answers(model, processor, len(data), data.example, options)
     fed = [row for rows, _ in model.fed for row in rows]

@@ -259,20 +259,45 @@ def test_evaluating_a_saved_adapter(run_of, pages, tmp_path):
 
 
 def test_undecodable_page_ends_the_run_with_its_place(pages, tmp_path):
-    """Found by the second process's loader, in the middle of an epoch: its message alone, and exit code 2."""
+    """Found by a process's loader, in the middle of an epoch: its message alone, and exit code 2.
+
+    Of 127 pages every second one is looked at before the start; it is the others that are cut short.
+    """
     import datasets
 
     rows = datasets.Dataset.from_parquet(str(pages / "data" / "train-00000-of-00001.parquet"))
-    rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(4))
-    broken = [{**row, "image": {"bytes": row["image"]["bytes"][:3000], "path": None}} for row in rows]
-    datasets.Dataset.from_list(broken, features=rows.features).to_parquet(tmp_path / "train.parquet")
+    rows = rows.cast_column("image", datasets.Image(decode=False)).select([k % len(rows) for k in range(127)])
+    cut = [
+        {**row, "image": {"bytes": row["image"]["bytes"][: 3000 if k % 2 else None], "path": None}}
+        for k, row in enumerate(rows)
+    ]
+    datasets.Dataset.from_list(cut, features=rows.features).to_parquet(tmp_path / "train.parquet")
     options = ("--train_data", tmp_path / "train.parquet", "--eval_data", pages, "--eval_limit", 2, "--use_lora")
     ended = run_script(SCRIPT, *shared_options(pages, tmp_path / "out"), *options)
     assert ended.returncode != 0
     lines = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
     assert lines, ended.stdout[-3000:]
-    assert re.fullmatch(rf"error: {tmp_path}/train.parquet, split train, row \d: the image \(3000 bytes\) .*", lines[0])
+    assert re.fullmatch(
+        rf"error: {tmp_path}/train.parquet, split train, row \d+: the image \(3000 bytes\) .*", lines[0]
+    )
     assert (tmp_path / "out" / "eval_before.json").exists()  # work already done is kept
+
+
+def test_pages_that_cannot_be_decoded_are_told_before_anything_runs(pages, tmp_path):
+    """All that were looked at, in one list with exit code 2, before weights are loaded."""
+    import datasets
+
+    rows = datasets.Dataset.from_parquet(str(pages / "data" / "train-00000-of-00001.parquet"))
+    rows = rows.cast_column("image", datasets.Image(decode=False)).select(range(4))
+    cut = [{**row, "image": {"bytes": row["image"]["bytes"][:3000], "path": None}} for row in rows]
+    datasets.Dataset.from_list(cut, features=rows.features).to_parquet(tmp_path / "train.parquet")
+    options = ("--train_data", tmp_path / "train.parquet", "--eval_data", pages, "--eval_limit", 2, "--use_lora")
+    ended = run_script(SCRIPT, *shared_options(pages, tmp_path / "out"), *options, processes=0)
+    assert ended.returncode == 2
+    assert ended.stdout.count("error: 4 problems:") == 1, ended.stdout[-3000:]
+    for row in range(4):
+        assert f"split train, row {row}: the image (3000 bytes) cannot be decoded" in ended.stdout
+    assert not (tmp_path / "out" / "eval_before.json").exists()
 
 
 def test_wrong_options_start_nothing(pages, tmp_path):

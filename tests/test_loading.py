@@ -33,6 +33,7 @@ def options_for(checkpoint, **values):
         "precision": Precision("fp32", torch.float32, None),
         "attention": "sdpa",
         "device": torch.device("cpu"),
+        "seed": 0,
         "use_lora": False,
         "use_qlora": False,
         "lora_rank": 4,
