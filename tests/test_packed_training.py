@@ -22,6 +22,7 @@ from common.demo import CHECKPOINT, write_docvqa
 from common.packing import measure_questions
 from common.phi3v import Phi3VConfig, Phi3VProcessor
 from common.training import _WhileTraining, attention_in_training, make_batches, make_collator, using_attention
+from common.watching import Watchdog
 from tests.launch import REPOSITORY, read_evaluation, read_log, run_script
 from tests.model_helpers import picture
 from tests.packed_helpers import training_model
@@ -267,8 +268,8 @@ def test_evaluation_in_between_has_its_own_attention():
     model = training_model("sdpa", torch.float32)
     seen = []
     options = argparse.Namespace(eval_steps=1, attention="sdpa")
-    callback = _WhileTraining(options, lambda name: seen.append((name, model.config._attn_implementation)))
-    callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None)
+    callback = _WhileTraining(options, lambda _, name: seen.append((name, model.config._attn_implementation)))
+    callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog())
     with using_attention(model, "eager"):
         callback.on_step_end(None, SimpleNamespace(global_step=1), None)
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
