@@ -95,9 +95,13 @@ def copy_of(folder, tmp_path):
     return tmp_path / "copy"
 
 
+# Made of the others when a run begins or ends, so again whenever it is started: the report and the model's card.
+RENDERED = {".in_use", "report.html", "README.md", "run_facts.json", "plots"}
+
+
 def contents(folder):
-    """Every file, with its time and size."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".in_use")
+    """Every file with its time and size, but for what is rendered of others."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not RENDERED & {path.name, path.parent.name})
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
