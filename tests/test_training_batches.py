@@ -238,9 +238,10 @@ WATCHED = """
 import gc, weakref
 import torch
 import finetune_hf_trainer_docvqa as docvqa
+from common.phi3v import Phi3VForCausalLM
 
 trained = []
-load_model, train = docvqa.load_model, docvqa.train
+from_pretrained, train = Phi3VForCausalLM.from_pretrained, docvqa.train
 
 
 def watched_train(model, *arguments):
@@ -256,16 +257,16 @@ def tensor_bytes():
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def watched_load(*arguments):
+def watched_load(*arguments, **given):
     if trained:
         alive = [name for name, reference in trained if reference() is not None]
         # in one write, for the other process prints too
         print(f"AT THE RELOAD {len(trained)} {alive} {tensor_bytes() - bytes_before}\\n", end="", flush=True)
-    return load_model(*arguments)
+    return from_pretrained(*arguments, **given)
 
 
 bytes_before = tensor_bytes()
-docvqa.load_model, docvqa.train = watched_load, watched_train
+Phi3VForCausalLM.from_pretrained, docvqa.train = watched_load, watched_train
 docvqa.run(docvqa.main)
 """
 
