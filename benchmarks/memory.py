@@ -5,7 +5,7 @@
 Every data set is held in a process of its own, by the functions that the scripts hold theirs by, up to the first
 batch. What counts is the process's anonymous memory: files that are mapped into it, as `datasets` maps its rows, are
 the disk's cache. A loader's worker is forked from the process and shares what it does not write to; it is measured
-after it has made every row's example. Writes `benchmarks/results/memory_cpu.json`; prints the table that stands in
+after it has made every row's example. Writes `benchmarks/results/memory_cpu.json` and the table into
 `docs/scaling.md`.
 """
 
@@ -39,6 +39,8 @@ from common.packing import PackedBatchSampler, measure_questions
 from common.phi3v import Phi3VProcessor
 from common.training import GlobalBatchSampler
 
+OUT = RESULTS / "memory_cpu.json"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 KINDS = {
     "jsonl": "JSONL, a line a conversation about a picture of its own",
     "parquet": "parquet, a row a question about a picture of its own",
@@ -159,8 +161,10 @@ def measure(kind: str, rows: int) -> dict[str, Any]:
 # --- the table
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any] | None) -> str:
     """What a process holds, for each kind of data set and number of rows."""
+    if result is None:
+        return "not measured\n"
     names = [
         "data set",
         "rows",
@@ -176,11 +180,18 @@ def table(result: dict[str, Any]) -> str:
     return markdown(names, rows)
 
 
+def with_table(page: str, result: dict[str, Any] | None) -> str:
+    """The text of docs/scaling.md with this table in its place."""
+    before, begin, rest = page.partition("<!-- rows -->\n")
+    _, end, after = rest.partition("<!-- /rows -->")
+    return f"{before}{begin}\n{table(result)}\n{end}{after}"
+
+
 def main() -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000], metavar="N", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory_cpu.json", metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="(%(default)s)")
     parser.add_argument("--hold", nargs=2, metavar=("KIND", "DIR"), help="print what holding one data set takes")
     options = parser.parse_args()
     if options.hold:
@@ -191,6 +202,8 @@ def main() -> None:
     result["kinds"] = {kind: [measure(kind, rows) for rows in options.rows] for kind in KINDS}
     print(table(result))
     write_json(options.out, result)
+    if options.out == OUT:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
 
 
 if __name__ == "__main__":
