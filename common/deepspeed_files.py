@@ -9,6 +9,7 @@ the files as they lie, and DeepSpeed loads that as if as many processes as there
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -37,6 +38,8 @@ DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addr
 
 MASTER = "master copy"  # a flat tensor beside those of the optimizer's state
 Flats = dict[str, torch.Tensor]  # of one group in one process: (elements,) each, all alike
+# For each group: a parameter's name, where its piece begins in the flat tensors, where in the parameter, its elements.
+Layout = list[list[tuple[str, int, int, int]]]
 
 
 def read(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
@@ -97,11 +100,14 @@ def _own_part(optimizer: Any, folder: Path, weights_in_pieces: bool) -> dict[str
     if weights_in_pieces:
         shapes = read(_in_order(folder, "model_states")[0], "cpu", mmap=True)[PARAM_SHAPES]
     written: dict[str, list[tuple[Flats, int, int]]] = defaultdict(list)  # a parameter's pieces, from its beginning on
-    for state in states:
-        layout = _written_layout(state, shapes, len(states))
+    if weights_in_pieces:
+        layouts = [_layout_of_pieces(shapes, len(states))] * len(states)
+    else:
+        layouts = _written_layouts(states, optimizer.round_robin_gradients)
+    for state, layout in zip(states, layouts, strict=True):
         for group, pieces in enumerate(layout):
             flats = _flats(state, group)
-            for name, (at, count) in pieces.items():
+            for name, at, _, count in pieces:
                 written[name].append((flats, at, count))
     masters, moments = [], {}
     for group, (size, pieces) in enumerate(_own_layout(optimizer, weights_in_pieces)):
@@ -152,34 +158,69 @@ def _flats(state: dict[str, Any], group: int) -> Flats:
     return {MASTER: master, **flats}
 
 
-def _written_layout(
-    state: dict[str, Any], shapes: list[dict[str, torch.Size]] | None, processes: int
-) -> list[dict[str, tuple[int, int]]]:
-    """For each group: parameter -> where its piece begins in a process's flat tensors, and its elements.
-
-    Args:
-        shapes: under ZeRO-3 the parameters' of each group; every process has an equal piece of each, the last ones
-            with padding.
-    """
-    if shapes is None:
-        return [{name: (its.start, its.numel) for name, its in group.items()} for group in state[PARAM_SLICE_MAPPINGS]]
+def _layout_of_pieces(shapes: list[dict[str, torch.Size]], processes: int) -> Layout:
+    """Under ZeRO-3 every process has an equal piece of each parameter, the last ones with padding."""
     layout = []
     for group in shapes:
-        pieces, at = {}, 0
+        pieces, at = [], 0
         for name, shape in group.items():
             count = -(-shape.numel() // processes)
-            pieces[name] = (at, count)
+            pieces.append((name, at, 0, count))
             at += count
         layout.append(pieces)
     return layout
 
 
+def _written_layouts(states: list[dict[str, Any]], round_robin: bool) -> list[Layout]:
+    """Under ZeRO-1 and 2, process by process: what of which parameter stands where in its flat tensors.
+
+    With `round_robin_gradients` parameters are dealt to the processes in turn before they are flattened, and the
+    mapping that DeepSpeed (seen in 0.19.8) writes down forgets it: its names and sizes are right, its order is not.
+    """
+    world, layouts = len(states), [[] for _ in states]
+    for group, paddings in enumerate(states[0][PARAM_ALIGNMENT_PADDINGS]):
+        mappings = [state[PARAM_SLICE_MAPPINGS][group] for state in states]
+        if any(paddings):  # then it has looked where they are
+            for layout, mapping in zip(layouts, mappings, strict=True):
+                layout.append([(name, its.start, 0, its.numel) for name, its in mapping.items()])
+            continue
+        sizes: dict[str, int] = defaultdict(int)
+        for mapping in mappings:
+            for name, its in mapping.items():
+                sizes[name] += its.numel
+        names = list(sizes)
+        if round_robin:
+            names = [name for first in range(world) for name in names[first::world]]
+        ends = list(itertools.accumulate(sizes[name] for name in names))
+        whole = [(name, end - sizes[name], sizes[name]) for name, end in zip(names, ends, strict=True)]
+        part = states[0][SINGLE_PARTITION_OF_FP32_GROUPS][group].numel() + states[0][GROUP_PADDINGS][group]
+        for rank, layout in enumerate(layouts):
+            layout.append(_pieces(whole, rank * part, part))
+    return layouts
+
+
+def _pieces(whole: list[tuple[str, int, int]], begin: int, size: int) -> list[tuple[str, int, int, int]]:
+    """What lies between `begin` and `begin + size` of a group's flat tensor.
+
+    Args:
+        whole: each parameter's name, where it begins, its elements.
+
+    Returns:
+        Name, where the piece begins within that, where in the parameter, its elements.
+    """
+    pieces = []
+    for name, at, count in whole:
+        low, high = max(at, begin), min(at + count, begin + size)
+        if low < high:
+            pieces.append((name, low - begin, low - at, high - low))
+    return pieces
+
+
 def _own_layout(optimizer: Any, weights_in_pieces: bool) -> list[tuple[int, list[tuple[str, int, int, int]]]]:
     """For each group the length of this process's flat tensors, and its pieces of parameters: name, where the piece
     begins in the flat tensors, where in the parameter, its elements."""
-    names, layout = optimizer.param_names, []
+    names, layout, rank = optimizer.param_names, [], rank_and_world()[0]
     if weights_in_pieces:
-        rank = rank_and_world()[0]
         for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             pieces, at = [], 0
             for parameter in group:
@@ -188,13 +229,10 @@ def _own_layout(optimizer: Any, weights_in_pieces: bool) -> list[tuple[int, list
                 at += size
             layout.append((flat.numel(), pieces))
         return layout
-    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
-        owned = [(names[parameter], parameter._hp_mapping) for parameter in group if parameter._hp_mapping is not None]
-        pieces = [
-            (name, its.hp_fragment_address.start, its.lp_fragment_address.start, its.lp_fragment_address.numel)
-            for name, its in owned
-        ]
-        layout.append((flat.numel(), pieces))
+    groups = (optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets)
+    for flat, group, offsets in zip(optimizer.single_partition_of_fp32_groups, *groups, strict=True):
+        whole = [(names[parameter], at, parameter.numel()) for parameter, at in zip(group, offsets, strict=True)]
+        layout.append((flat.numel(), _pieces(whole, rank * flat.numel(), flat.numel())))
     return layout
 
 

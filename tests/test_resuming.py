@@ -255,8 +255,12 @@ def test_dry_run_leaves_nothing_behind(run, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "before", "after"),
-    [((*LORA, "--batch_size_per_gpu", 2), 2, 0), (CONFIGURATIONS["full"], 0, 2)],
-    ids=["lora, two to one", "full, one to two"],
+    [
+        ((*LORA, "--batch_size_per_gpu", 2), 2, 0),
+        (CONFIGURATIONS["full"], 0, 2),
+        pytest.param(CONFIGURATIONS["full"], 2, 0, marks=pytest.mark.long),
+    ],
+    ids=["lora, two to one", "full, one to two", "full, two to one"],
 )
 def test_another_number_of_processes(run, uninterrupted, tmp_path, options, before, after):
     """The same global batch: sums in another order, so 1e-5 in float32, and no dropout."""
