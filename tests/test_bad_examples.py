@@ -554,13 +554,15 @@ def first_loss(folder):
 @pytest.mark.long
 @pytest.mark.parametrize("way", ["stop", "fraction"])
 def test_run_that_gives_up(runs, tmp_path, way):
-    """With the place of the bad example, exit code not 0, and a checkpoint of what was learnt until then."""
+    """With the places of the bad examples, exit code not 0, and a checkpoint of what was learnt until then."""
     extra = ("--bad_examples", "skip", "--max_bad_fraction", 0.2) if way == "fraction" else ()
     options = ("--batch_size", 2, "--eval_limit", 3, "--use_lora", "--lora_rank", 4, *extra)
     ended = run(runs, "eight", tmp_path / "out", *options)
     assert ended.returncode != 0
     if way == "stop":
-        assert f"error: {runs / 'eight'}, split train, row " in ended.stdout
+        for row in BAD_ROWS:  # both at once, before the first step: so few examples are all looked at
+            assert f"  - {runs / 'eight'}, split train, row {row}: the image" in ended.stdout
+        assert not (tmp_path / "out" / "train_log.jsonl").exists()
     else:
         assert ended.stdout.count("error: 2 of 8 examples are bad, more than --max_bad_fraction 0.2") == 1
         assert len(lines_of(tmp_path / "out")) == 2
