@@ -160,6 +160,8 @@ def shorten_tool(words: list[str]) -> list[str]:
         return words if "--gpu_memory" in words else [*words, "--gpu_memory", "80"]
     if module == "benchmarks.communication":
         return words
+    if module == "benchmarks.memory":
+        return [*words, "--rows", "10", "20", "--out", "{out}/figures.json"]
     if module == "benchmarks.convert":
         return [*words, "--rounds", "1", "--videos", "2", "--output", "{out}/figures.json"]
     raise ValueError(f"nobody knows how to shorten: {shlex.join(words)}")
