@@ -49,14 +49,14 @@ TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
 RECURSIVE = ("make test", "make test-all")
 WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
-WRITTEN_BY_RUNS |= {"run.json", "run_facts.json", "stages.json", "manifest.json", "report.html"}
+WRITTEN_BY_RUNS |= {"run.json", "run_facts.json", "stages.json", "manifest.json", "report.html", "bad_examples.jsonl"}
 WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/", "results/", ".venv/"}
 WRITTEN_BY_RUNS |= {"adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json"}
 WRITTEN_BY_RUNS |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 WRITTEN_BY_RUNS |= {f"ucf101_{split}.jsonl" for split in ("train", "val", "test")}
 OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
     *("--no-build-isolation", "--index-url", "--nproc_per_node", "--nnodes", "--nodes", "--master_addr"),
-    *("--master_port", "--node_rank", "--file", "--set", "--help"),
+    *("--master_port", "--node_rank", "--file", "--set", "--help", "--max_restarts"),
     # vLLM's and SGLang's
     *("--trust-remote-code", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs", "--quantization"),
     "--model-path",
