@@ -491,6 +491,7 @@ def test_stopped_in_the_middle(tmp_path, sent):
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
     )
     try:
         give_up = time.monotonic() + 120  # a busy machine takes its time to import what there is
