@@ -43,9 +43,9 @@ def test_a_file_that_changes_under_a_run(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "most_bytes"), [("jsonl", 900), ("parquet", 1000), ("sharing", 3000)])
+@pytest.mark.parametrize(("kind", "most_bytes"), [("jsonl", 1900), ("parquet", 1000), ("sharing", 3000)])
 def test_held_bytes_per_row(kind, most_bytes):
-    """About twice what was measured; a line's dictionary alone would take 2,600 bytes."""
+    """Half as much again as was measured, or more: 1,280, 370 and 1,740 bytes; with its lines held JSONL took 2,600."""
     few, many = measure(kind, FEW), measure(kind, MANY)
     assert (few["rows"], many["rows"]) == (FEW, MANY)
     for name in ("process", "worker"):
