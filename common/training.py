@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import functools
 import gc
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel
+from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.trainer_callback import PrinterCallback
@@ -92,6 +94,9 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         # DeepSpeed compiles a small extension once, with the ninja installed beside this python
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     disable_progress_bar()  # transformers' own, over weights and files; ours are over examples and steps
+    # of every group of processes: what the libraries make beside the first one, or on a CPU, they give no time limit
+    limit = datetime.timedelta(minutes=options.timeout_minutes)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     on_cpu = options.device == "cpu"
     if not on_cpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
