@@ -335,14 +335,12 @@ def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
 
 
-def fingerprint(rows: Any) -> str | None:
+def fingerprint(rows: Any) -> str:
     """How many rows there are and a digest of all but their pictures' pixels, by which a data set is known again.
 
     Args:
-        rows: with `without_images()`, as `Rows` and `Conversations` have it; or None.
+        rows: with `without_images()`, as `Rows` and `Conversations` have it.
     """
-    if rows is None:
-        return None
     digest = hashlib.blake2b(digest_size=8)
     for record in rows.without_images():
         digest.update(repr(sorted(record.items())).encode("utf-8", "surrogatepass"))

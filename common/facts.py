@@ -46,23 +46,32 @@ def note_origins(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     options.given = sorted(name for name, value in vars(marked).items() if value is not absent)
 
 
-def write_facts(options: argparse.Namespace, data: Mapping[str, Any]) -> None:
+def describe_data(data: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """For every use of data its `source`, and the `fingerprint` by which it is known again; all rows are read.
+
+    Args:
+        data: `Rows` or `Conversations`, by what for; None is left out.
+    """
+    there = {use: one for use, one in data.items() if one is not None}
+    return {use: {"source": _source(one), "fingerprint": fingerprint(one)} for use, one in there.items()}
+
+
+def write_facts(options: argparse.Namespace, data: Mapping[str, Mapping[str, str]]) -> None:
     """Write `run_facts.json` into the output folder, on the first process.
 
     Args:
-        data: what the run uses (`Rows` or `Conversations`), by what for; None is left out.
+        data: as `describe_data` has it.
     """
     if is_first_process():
         write_json(options.output_dir / RUN_FACTS, run_facts(options, data))
 
 
-def run_facts(options: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(options: argparse.Namespace, data: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """What is written down; see `write_facts`.
 
     Returns:
         `script`, `command`, `started`, `options` (each with `name`, `value`, `default` and its `origin`: given,
-        default or derived), `versions`, `machine`, `data` (for every use its `source` and `fingerprint`), `commit`,
-        `published` (see `published_row`).
+        default or derived), `versions`, `machine`, `data`, `commit`, `published` (see `published_row`).
     """
     return {
         "script": Path(sys.argv[0]).name,
@@ -74,11 +83,7 @@ def run_facts(options: argparse.Namespace, data: Mapping[str, Any]) -> dict[str,
         ],
         "versions": versions(),
         "machine": machine(options),
-        "data": {
-            use: {"source": _source(one), "fingerprint": fingerprint(one)}
-            for use, one in data.items()
-            if one is not None
-        },
+        "data": dict(data),
         "commit": commit(),
         "published": published_row(options, Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")),
     }
@@ -127,16 +132,21 @@ def versions() -> dict[str, str]:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the run runs on: GPU and CPU by name, processes."""
     on_gpu = torch.device(options.device).type == "cuda"
-    cpu, names = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if names.exists() and (named := re.search(r"^model name\s*:\s*(.+)$", names.read_text(), flags=re.MULTILINE)):
-        cpu = named[1].strip()
     return {
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "gpu_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if on_gpu else None,
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "processes": options.num_processes,
         "system": platform.platform(),
     }
+
+
+def cpu_name() -> str:
+    """As Linux tells it, else as Python does."""
+    names = Path("/proc/cpuinfo")
+    if names.exists() and (named := re.search(r"^model name\s*:\s*(.+)$", names.read_text(), flags=re.MULTILINE)):
+        return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

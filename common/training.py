@@ -51,9 +51,9 @@ from .checkpoints import (
 )
 from .cli import deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
-from .data import ExampleDataset, ExampleKey, fingerprint, loader_context
+from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process, say
-from .facts import write_facts
+from .facts import describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .layers import causal_lm_of
 from .model_card import push_to_hub, write_model_card
@@ -61,7 +61,7 @@ from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
 from .progress import TrainingProgress
-from .report import write_report
+from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
 
@@ -141,12 +141,13 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         options.output_dir = options.output_dir / f"dry_run{INCOMPLETE}"
     arguments.output_dir = str(options.output_dir)
     _prepare_output_folder(options)
+    data = describe_data({"train": train_data, "evaluation": eval_data})
     options.resume_from = None
     if not options.eval_only:
-        record = record_of(options, train_rows=fingerprint(train_data), eval_rows=fingerprint(eval_data))
-        options.resume_from = _find_what_to_resume(options, record)
+        rows = {"train_rows": data["train"]["fingerprint"], "eval_rows": data["evaluation"]["fingerprint"]}
+        options.resume_from = _find_what_to_resume(options, record_of(options, **rows))
     options.stopping = Stopping(options.grace_seconds)
-    write_facts(options, {"train": train_data, "evaluation": eval_data})
+    write_facts(options, data)
     set_seed(options.seed)
     say(describe(options))
     return arguments
@@ -751,11 +752,7 @@ def finish(
 ) -> None:
     """Say what the run has come to; write its report and the model's card; upload the model where that is asked for.
 
-    Args:
-        train_data, eval_data: as `start` has them.
-        before, after: the totals of both evaluations.
-        task: its name, for people.
-        metrics: which of the totals are scores -> their names, for people.
+    Args: as `write_model_card` has them.
     """
     for metric, name in metrics.items():
         if None not in (before[metric], after[metric]):
@@ -764,7 +761,9 @@ def finish(
     write_report(options)
     push_to_hub(options)
     if is_first_process():
-        lines = [json.loads(line) for line in (options.output_dir / "train_log.jsonl").read_text().splitlines()]
+        lines = []
+        with contextlib.suppress(UserError):  # of a damaged log, which the report has told
+            lines = read_log(options.output_dir / "train_log.jsonl")
         speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
         memory = max((line["memory_peak_gb"] for line in lines if "memory_peak_gb" in line), default=0.0)
         if speeds:

@@ -16,7 +16,7 @@ from common.cli import make_parser, parse_options
 from common.conversations import Conversations, load_conversations
 from common.data import Rows, load_rows
 from common.evaluation import write_evaluation
-from common.facts import note_origins, write_facts
+from common.facts import write_facts
 from common.metrics import anls, anls_recipe, exact_match, mean
 from common.report import save_pictures
 
@@ -107,9 +107,7 @@ def options_of(folder: Path, *words: str, script: str = "finetune_hf_trainer_doc
     parser = make_parser("A test.")
     parser.add_argument("--full_train", action="store_true")
     with mock.patch("sys.argv", [script, "--output_dir", str(folder), "--overwrite", *words]):
-        options = parse_options(parser)
-        note_origins(options, parser)
-    return options
+        return parse_options(parser)
 
 
 def write_run(folder: Path, count: int = 12, seed: int = 0, pictures: bool = True, steps: Sequence[int] = ()) -> Path:

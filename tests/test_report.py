@@ -16,7 +16,7 @@ from common import facts, report
 from common.cli import Precision, make_parser, parse_options
 from common.errors import UserError
 from common.evaluation import Generated
-from common.facts import note_origins, published_row, run_facts
+from common.facts import published_row, run_facts
 from common.report import estimate, estimate_gain, read_evaluation, read_log, read_run, render, save_pictures
 from tests import report_runs, small_data
 from tests.report_runs import HOSTILE, options_of, page, write_classes, write_documents, write_log, write_run
@@ -499,7 +499,6 @@ def test_output_folder_left_at_its_default():
     parser = make_parser("A test.")
     with mock.patch("sys.argv", ["script.py", "--overwrite"]):
         options = parse_options(parser)
-        note_origins(options, parser)
     found = {one["name"]: one for one in run_facts(options, {})["options"]}
     assert found["output_dir"] == {"name": "output_dir", "value": "output", "default": "output", "origin": "default"}
 
@@ -508,7 +507,8 @@ def test_data_are_told(tmp_path):
     rows = report_runs.rows_of(small_data.write_docvqa_pages(tmp_path)[0], "train")
     record = {"id": "1", "conversations": [{"images": [], "user": "a", "assistant": "b"}]}
     lines = report_runs.conversations_of(tmp_path, [record])
-    found = run_facts(options_of(tmp_path), {"train": rows, "evaluation": lines, "nothing": None})["data"]
+    data = facts.describe_data({"train": rows, "evaluation": lines, "nothing": None})
+    found = run_facts(options_of(tmp_path), data)["data"]
     assert list(found) == ["train", "evaluation"]
     assert found["train"]["source"].endswith("mini/data, split train")
     assert found["train"]["fingerprint"].startswith("12 rows, ")

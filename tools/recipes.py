@@ -18,10 +18,8 @@ measurements the tables show the mean.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -54,7 +52,6 @@ NEUTRAL_OPTIONS = {
     *("--batch_size_per_gpu", "--eval_batch_size_per_gpu", "--eval_steps"),
     *("--logging_steps", "--report_to", "--no-tqdm"),
 }
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "flash-attn")
 NOT_RUN = "not run"
 
 
@@ -239,6 +236,8 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
         return code
     if not evaluation.exists() or evaluation.stat().st_mtime_ns == previous:
         raise user_error(f"the run has written no {evaluation}, so there is no score to record")
+    from common import facts  # which imports torch; `list` and `show` need none of it
+
     machine = describe_machine(options)
     changed = differences(table, recipe, extra)
     if machine["gpu"] is None:
@@ -258,8 +257,8 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(time.time() - began),
         "machine": machine,
-        "versions": versions(),
-        "commit": commit(),
+        "versions": facts.versions(),
+        "commit": facts.commit(),
         "command": shlex.join(command),
         "seed": int(given.get("--seed", SEED)),
     }
@@ -285,42 +284,11 @@ def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the run ran on; the GPU is named after the run, for asking occupies memory on it."""
     import torch
 
+    from common.facts import cpu_name
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-        cpu = named[1].strip() if named else cpu
     nodes = options.nnodes or 1
-    return {"gpu": gpu, "cpu": cpu, "nodes": nodes, "processes": nodes * options.nproc_per_node}
-
-
-def versions() -> dict[str, str]:
-    """Of Python, CUDA and the libraries that compute."""
-    import torch
-
-    found = {"python": platform.python_version()}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The repository's commit, and whether a file that is kept in it was changed since; None outside of git."""
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, text=True, stderr=subprocess.PIPE)
-        changed = subprocess.check_output(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md"],
-            cwd=REPOSITORY,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + (" with changes" if changed.strip() else "")
+    return {"gpu": gpu, "cpu": cpu_name(), "nodes": nodes, "processes": nodes * options.nproc_per_node}
 
 
 def read_results(folder: Path, task: str) -> list[dict[str, Any]]:
