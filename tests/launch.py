@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def run_script(script: str, *arguments: Any, processes: int = 2, timeout: int = 
         timeout=timeout,
         check=False,
     )
+
+
+def start_logged(command: Sequence[Any], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a command in a session of its own, for whole groups are signalled; both its streams go to `log`."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

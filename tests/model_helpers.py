@@ -7,6 +7,7 @@ and weights are made by rule, so that none has to be stored.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import json
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.cli import Precision
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -275,3 +277,29 @@ def write_stand_in_checkpoint(folder: Path) -> Path:
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2))
     return folder
+
+
+def loading_options(checkpoint: str | Path, **values: Any) -> argparse.Namespace:
+    """What loading a model, preparing it for training and reading its processor ask of a script's options."""
+    options = {
+        "model_name_or_path": str(checkpoint),
+        "num_crops": 1,
+        "precision": Precision("fp32", torch.float32, None),
+        "attention": "sdpa",
+        "device": torch.device("cpu"),
+        "seed": 0,
+        "use_lora": False,
+        "use_qlora": False,
+        "lora_rank": 4,
+        "lora_alpha_ratio": 2,
+        "lora_dropout": 0.0,
+        "freeze_vision_model": False,
+        "gradient_checkpointing": "none",
+        "max_crops_per_call": None,
+        "use_liger": False,
+        "torch_compile": False,
+        "eval_only": False,
+        "bf16": False,
+        "output_dir": Path("unused"),
+    }
+    return argparse.Namespace(**{**options, **values})

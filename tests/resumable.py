@@ -89,40 +89,44 @@ class AtStep(TrainerCallback):
             self.do()
 
 
+def small_arguments(folder: Path, **given: Any) -> TrainingArguments:
+    """Three epochs; `given` beside, or instead of, what is here."""
+    arguments = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": AT_ONCE,
+        "gradient_accumulation_steps": BATCH // AT_ONCE // int(os.environ.get("WORLD_SIZE", "1")),
+        "num_train_epochs": 3,
+        "learning_rate": 0.01,
+        "save_strategy": "steps",
+        "logging_steps": 4,
+        "remove_unused_columns": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**arguments, **given})
+
+
+def write_weights(model: torch.nn.Module, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+    """The trainers' `write_model`."""
+    save_file(weights or model.state_dict(), folder / "model.safetensors")
+
+
 def make_trainer(
     folder: Path, callbacks: list[TrainerCallback], stopping: Any, workers: int = 0, **arguments: Any
 ) -> SmallTrainer:
     """A trainer that begins from the same weights each time."""
-    given = {"save_steps": 3, "logging_steps": 4, **arguments}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        per_device_train_batch_size=AT_ONCE,
-        gradient_accumulation_steps=BATCH // AT_ONCE // int(os.environ.get("WORLD_SIZE", "1")),
-        num_train_epochs=3,
-        learning_rate=0.01,
-        warmup_steps=2,
-        save_strategy="steps",
-        remove_unused_columns=False,
-        dataloader_num_workers=workers,
-        report_to=[],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        seed=3,
-        **given,
-    )
+    args = small_arguments(folder, warmup_steps=2, dataloader_num_workers=workers, **{"save_steps": 3, **arguments})
     set_seed(3)
     model = Model()
-
-    def write_model(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        save_file(weights or model.state_dict(), folder / "model.safetensors")
-
     return SmallTrainer(
         model=model,
         args=args,
         train_dataset=Examples(),
         callbacks=callbacks,
-        write_model=write_model,
+        write_model=functools.partial(write_weights, model),
         stopping=stopping,
     )
 

@@ -1,9 +1,7 @@
 """What is loaded, what trains, and checkpoints that cannot be used."""
 
-import argparse
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from common.errors import UserError
 from common.layers import stacks_of
 from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
 from common.training import run_vision_without_pictures
-from tests.model_helpers import tiny_model, write_stand_in_checkpoint
+from tests.model_helpers import loading_options, tiny_model, write_stand_in_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +22,6 @@ def checkpoint(tmp_path_factory):
     folder = write_stand_in_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     tiny_model().save_pretrained(folder)
     return folder
-
-
-def options_for(checkpoint, **values):
-    options = {
-        "model_name_or_path": str(checkpoint),
-        "num_crops": 1,
-        "precision": Precision("fp32", torch.float32, None),
-        "attention": "sdpa",
-        "device": torch.device("cpu"),
-        "seed": 0,
-        "use_lora": False,
-        "use_qlora": False,
-        "lora_rank": 4,
-        "lora_alpha_ratio": 2,
-        "lora_dropout": 0.0,
-        "freeze_vision_model": False,
-        "gradient_checkpointing": "none",
-        "max_crops_per_call": None,
-        "use_liger": False,
-        "torch_compile": False,
-        "eval_only": False,
-        "bf16": False,
-        "output_dir": Path("unused"),
-    }
-    return argparse.Namespace(**{**options, **values})
 
 
 def load_for_training(options):
@@ -76,17 +49,17 @@ def gradients(model, inputs):
 
 
 def test_num_crops_is_that_of_the_options(checkpoint):
-    assert load_processor(options_for(checkpoint, num_crops=7)).image_processor.num_crops == 7
+    assert load_processor(loading_options(checkpoint, num_crops=7)).image_processor.num_crops == 7
 
 
 def test_generation_stops_at_both_end_tokens(checkpoint):
-    model, processor = load_for_training(options_for(checkpoint))
+    model, processor = load_for_training(loading_options(checkpoint))
     assert model.generation_config.eos_token_id == [32007, 32000]
     assert loading.end_token_ids(processor) == [32007, 32000]
 
 
 def test_full_training_leaves_out_what_is_not_run(checkpoint):
-    model, _ = load_for_training(options_for(checkpoint))
+    model, _ = load_for_training(loading_options(checkpoint))
     kept = {name for name, p in model.named_parameters() if not p.requires_grad}
     prefix = "model.vision_embed_tokens.img_processor.vision_model."
     assert kept == {
@@ -98,7 +71,7 @@ def test_full_training_leaves_out_what_is_not_run(checkpoint):
 
 def test_frozen_vision_still_trains_every_decoder_layer(checkpoint):
     model, processor = load_for_training(
-        options_for(checkpoint, freeze_vision_model=True, gradient_checkpointing="full")
+        loading_options(checkpoint, freeze_vision_model=True, gradient_checkpointing="full")
     )
     found = gradients(model, inputs_of(processor))
     expected = {name for name, _ in model.named_parameters() if "embed_tokens" not in name}
@@ -108,8 +81,8 @@ def test_frozen_vision_still_trains_every_decoder_layer(checkpoint):
 
 def test_text_alone_gives_every_trained_parameter_a_gradient(checkpoint):
     """Zero for the vision side; loss and the other gradients are those of the model as it was loaded."""
-    trained, processor = load_for_training(options_for(checkpoint))
-    loaded = load_model(str(checkpoint), options_for(checkpoint))
+    trained, processor = load_for_training(loading_options(checkpoint))
+    loaded = load_model(str(checkpoint), loading_options(checkpoint))
     inputs = {
         name: value for name, value in inputs_of(processor).items() if name not in ("pixel_values", "image_sizes")
     }
@@ -125,7 +98,7 @@ def test_text_alone_gives_every_trained_parameter_a_gradient(checkpoint):
 
 def test_text_alone_changes_nothing_where_the_blank_picture_overflows(checkpoint):
     """As float16 may: 0 times a feature that is not finite would be no 0."""
-    model, processor = load_for_training(options_for(checkpoint))
+    model, processor = load_for_training(loading_options(checkpoint))
     run_vision_without_pictures(model)
     inputs = {
         name: value for name, value in inputs_of(processor).items() if name not in ("pixel_values", "image_sizes")
@@ -142,7 +115,7 @@ def test_crops_per_call(checkpoint):
     """At most so many at a time, with the same loss to float32's rounding."""
     calls, losses = [], []
     for most in (None, 1):
-        model, processor = load_for_training(options_for(checkpoint, max_crops_per_call=most))
+        model, processor = load_for_training(loading_options(checkpoint, max_crops_per_call=most))
         layer = model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers[0]
         layer.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
         with torch.no_grad():
@@ -154,7 +127,7 @@ def test_crops_per_call(checkpoint):
 @pytest.mark.parametrize("compiles", [False, True])
 def test_layers_are_compiled_where_asked_for(checkpoint, compiles):
     """Compiled, that is, once they are called: nothing is here."""
-    model, _ = load_for_training(options_for(checkpoint, torch_compile=compiles))
+    model, _ = load_for_training(loading_options(checkpoint, torch_compile=compiles))
     for stack in stacks_of(model):
         assert all((layer._compiled_call_impl is not None) == compiles for layer in stack)
 
@@ -166,7 +139,7 @@ def test_liger_where_asked_for(checkpoint, monkeypatch, use_liger, torch_compile
     """The loss in any case; the layers only where torch.compile does not fuse them itself."""
     used = []
     monkeypatch.setattr(loading, "use_liger_kernels", used.append)
-    options = options_for(checkpoint, use_liger=use_liger, torch_compile=torch_compile)
+    options = loading_options(checkpoint, use_liger=use_liger, torch_compile=torch_compile)
     model = load_model(options.model_name_or_path, options)
     assert used == [model] * kernels
     assert model.fuses_loss == use_liger
@@ -175,7 +148,7 @@ def test_liger_where_asked_for(checkpoint, monkeypatch, use_liger, torch_compile
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lora_targets(checkpoint, frozen):
     model, processor = load_for_training(
-        options_for(checkpoint, use_lora=True, freeze_vision_model=frozen, lora_alpha_ratio=0.5)
+        loading_options(checkpoint, use_lora=True, freeze_vision_model=frozen, lora_alpha_ratio=0.5)
     )
     adapted = {name.rsplit(".lora_A", 1)[0] for name, p in model.named_parameters() if "lora_A" in name}
     decoder = {name for name in adapted if ".layers." in name and "vision" not in name}
@@ -197,12 +170,12 @@ def test_lora_target_that_matches_nothing(checkpoint, monkeypatch):
     # one name among several that do match
     monkeypatch.setattr(loading, "DECODER_TARGETS", (*loading.DECODER_TARGETS[:-1], "lm_heed"))
     with pytest.raises(UserError, match="matches no module of the model"):
-        load_for_training(options_for(checkpoint, use_lora=True))
+        load_for_training(loading_options(checkpoint, use_lora=True))
 
 
 def test_bf16_adapters_are_float32(checkpoint):
     precision = Precision("bf16", torch.bfloat16, torch.bfloat16)
-    model, _ = load_for_training(options_for(checkpoint, use_lora=True, precision=precision))
+    model, _ = load_for_training(loading_options(checkpoint, use_lora=True, precision=precision))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
@@ -211,7 +184,7 @@ def test_qlora_is_nf4_and_its_gradients_survive_an_evaluation(checkpoint):
     """bitsandbytes repacks NF4 weights at evaluation on CPUs with AVX512-BF16 and then loses gradient in silence."""
     import bitsandbytes
 
-    model, processor = load_for_training(options_for(checkpoint, use_lora=True, use_qlora=True))
+    model, processor = load_for_training(loading_options(checkpoint, use_lora=True, use_qlora=True))
     quantised = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert quantised
     assert all(module.weight.quant_type == "nf4" for module in quantised)
@@ -231,13 +204,13 @@ def test_qlora_is_nf4_and_its_gradients_survive_an_evaluation(checkpoint):
 
 
 def test_adapter_is_loaded_on_the_base_it_names(checkpoint, tmp_path):
-    options = options_for(checkpoint, use_lora=True)
+    options = loading_options(checkpoint, use_lora=True)
     model, processor = load_for_training(options)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    again = load_model(tmp_path / "adapter", options_for(checkpoint, eval_only=True))
+    again = load_model(tmp_path / "adapter", loading_options(checkpoint, eval_only=True))
     assert isinstance(again, PeftModel)
     inputs = inputs_of(processor)
     model.eval(), again.eval()
@@ -253,7 +226,7 @@ def test_processor_of_an_adapter_is_its_base_s(tmp_path):
     fields = {"base_model_name_or_path": str(CHECKPOINT), "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     texts = "<|user|>\nWhat is it?<|end|>\n<|assistant|>\n"
-    ids = [load_processor(options_for(folder)).tokenizer(texts).input_ids for folder in (CHECKPOINT, tmp_path)]
+    ids = [load_processor(loading_options(folder)).tokenizer(texts).input_ids for folder in (CHECKPOINT, tmp_path)]
     assert ids[0] == ids[1]
 
 
@@ -284,7 +257,7 @@ def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"missing from the checkpoint: \['model.norm.weight'\]"):
-        load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
+        load_model(tmp_path / "copy", loading_options(tmp_path / "copy"))
 
 
 def test_checkpoint_that_was_not_copied_whole(checkpoint, tmp_path):
@@ -292,17 +265,17 @@ def test_checkpoint_that_was_not_copied_whole(checkpoint, tmp_path):
     file = tmp_path / "copy" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=rf"--model_name_or_path {tmp_path}/copy cannot be loaded: ") as error:
-        load_model(tmp_path / "copy", options_for(tmp_path / "copy"))
+        load_model(tmp_path / "copy", loading_options(tmp_path / "copy"))
     assert "\n" not in str(error.value)
 
 
 def test_training_an_adapter_further(checkpoint, tmp_path):
-    model, _ = load_for_training(options_for(checkpoint, use_lora=True))
+    model, _ = load_for_training(loading_options(checkpoint, use_lora=True))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    evaluated = options_for(tmp_path / "adapter", eval_only=True, bf16=True)
+    evaluated = loading_options(tmp_path / "adapter", eval_only=True, bf16=True)
     check_checkpoint(evaluated)
     assert (evaluated.method, evaluated.precision.autocast) == ("lora", torch.bfloat16)  # as adapters are trained
-    check_checkpoint(options_for(tmp_path / "adapter", use_lora=True))
+    check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True))
     for values, message in (
         ({"lora_rank": 64}, "--lora_rank 64, the adapter has 4"),
         ({"lora_alpha_ratio": 7}, "alpha .* 28, the adapter has 8"),
@@ -310,10 +283,10 @@ def test_training_an_adapter_further(checkpoint, tmp_path):
         ({"freeze_vision_model": True}, "--freeze_vision_model True, the adapter has False"),
     ):
         with pytest.raises(UserError, match=message):
-            check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, **values))
+            check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, **values))
     with pytest.raises(UserError, match="is the base of the adapter to train"):
-        check_checkpoint(options_for(tmp_path / "adapter", use_lora=True, output_dir=checkpoint))
-    again = load_model(tmp_path / "adapter", options_for(tmp_path / "adapter", use_lora=True))
+        check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, output_dir=checkpoint))
+    again = load_model(tmp_path / "adapter", loading_options(tmp_path / "adapter", use_lora=True))
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
@@ -324,4 +297,4 @@ def test_incomplete_checkpoint(checkpoint, tmp_path):
     (tmp_path / "copy" / "preprocessor_config.json").unlink()
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"it has no preprocessor_config.json, no \*.safetensors"):
-        check_checkpoint(options_for(tmp_path / "copy"))
+        check_checkpoint(loading_options(tmp_path / "copy"))

@@ -33,6 +33,7 @@ from tests.conftest import folder_or_skip
 from tests.model_helpers import (
     PUBLISHED_NAMES,
     REPOSITORY,
+    loading_options,
     picture,
     published_layout,
     tiny_config,
@@ -90,26 +91,9 @@ INTENDED_OF_PHI_3 = {
 
 
 def options_for(checkpoint: Path, **values: Any) -> argparse.Namespace:
-    options = {
-        "model_name_or_path": str(checkpoint),
-        "num_crops": NUM_CROPS,
-        "precision": Precision("bf16", torch.bfloat16, None),
-        "attention": "sdpa",
-        "device": torch.device("cpu"),
-        "use_lora": False,
-        "use_qlora": False,
-        "lora_rank": 4,
-        "lora_alpha_ratio": 2,
-        "lora_dropout": 0.0,
-        "freeze_vision_model": False,
-        "gradient_checkpointing": "none",
-        "max_crops_per_call": None,
-        "use_liger": False,
-        "torch_compile": False,
-        "eval_only": False,
-        "seed": 0,
-    }
-    return argparse.Namespace(**{**options, **values})
+    return loading_options(
+        checkpoint, **{"num_crops": NUM_CROPS, "precision": Precision("bf16", torch.bfloat16, None), **values}
+    )
 
 
 def shrink(source: Path, folder: Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.demo import CHECKPOINT, write_docvqa
-from tests.launch import REPOSITORY, read_log, run_script
+from tests.launch import read_log, run_script, start_logged
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 STEPS, LIMIT = 8, 120  # seconds: on a busy machine one may well be a minute behind the other
@@ -69,16 +69,7 @@ class Node:
         launcher += ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={number}", "--max_restarts=1"]
         launcher += [f"--master_addr={ADDRESSES[0]}", "--master_port=29400"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "LOGLEVEL": "INFO"}
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                [*launcher, SCRIPT, *map(str, arguments)],
-                cwd=REPOSITORY,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.process = start_logged([*launcher, SCRIPT, *arguments], log, environment)
 
     def text(self) -> str:
         """What it has printed so far."""

@@ -10,6 +10,7 @@ for some seconds, after an evaluation that took as long.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -22,8 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from safetensors.torch import save_file
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from common.data import ExampleKey
 from common.errors import run
@@ -31,7 +31,7 @@ from common.packing import PackedBatchSampler, Questions
 from common.stopping import Stopping
 from common.training import GlobalBatchSampler, _EpochLoader
 from common.watching import WatchedTrainer
-from tests.resumable import AT_ONCE, BATCH, SIZE, AtStep, Examples, Model
+from tests.resumable import AT_ONCE, BATCH, SIZE, AtStep, Examples, Model, small_arguments, write_weights
 
 SLOW = 4.0  # seconds
 
@@ -95,34 +95,18 @@ def make_trainer(folder: Path, stopping: Any, packs: bool = False, **given: Any)
     max_bad_steps = given.pop("max_bad_steps", 3)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     batches = make_batches(packs, rank, world)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        per_device_train_batch_size=AT_ONCE,
-        gradient_accumulation_steps=batches.micro_steps if packs else BATCH // AT_ONCE // world,
-        num_train_epochs=3,
-        learning_rate=0.01,
-        save_strategy="steps",
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        seed=3,
-        **{"save_steps": 1, "logging_steps": 2, **given},
-    )
+    given = {"save_steps": 1, "logging_steps": 2, "logging_nan_inf_filter": False, **given}
+    if packs:
+        given["gradient_accumulation_steps"] = batches.micro_steps
+    arguments = small_arguments(folder, **given)
     set_seed(3)
     model = BadModel()
-
-    def write_model(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        save_file(weights or model.state_dict(), folder / "model.safetensors")
-
     return Trainer(
         model=model,
         args=arguments,
         train_dataset=BadExamples(),
         data_collator=lambda examples: examples,
-        write_model=write_model,
+        write_model=functools.partial(write_weights, model),
         stopping=stopping,
         batches=batches,
         max_bad_steps=max_bad_steps,

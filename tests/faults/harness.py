@@ -36,7 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.launch import REPOSITORY, free_port
+from tests.launch import free_port, start_logged
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 STEPS, SAVE_STEPS, PROCESSES = 8, 3, 2
@@ -182,16 +182,7 @@ class Start:
         self.mark, self.log = f"{MARK}={uuid.uuid4().hex}", log
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment |= dict([self.mark.split("=")])
-        with open(log, "wb") as file:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=REPOSITORY,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.process = start_logged(command, log, environment)
         self.began = time.monotonic()
 
     def text(self) -> str:
