@@ -296,4 +296,5 @@ def try_bad_input(kind: str, number: int, folder: Path) -> dict[str, Any]:
     text = log.read_text(errors="replace")
     clear = code == 2 and "Traceback" not in text and all(name in text for name in named)
     about = {"kind": kind, "number": number, "exit_code": code, "seconds": round(time.monotonic() - began, 1)}
+    text = text.replace(f"{folder}/", "").replace(str(folder), ".")  # where that lay says nothing
     return {**about, "clear": clear, "message": text.partition("error: ")[2].strip()[-300:] or text[-300:]}
