@@ -139,6 +139,8 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         UserError: see `find_adapter`; weights that are missing, not expected or cannot be read.
     """
     gc.collect()  # what trained before goes in circles, and two models of real size would not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     adapter_base = base_of_adapter(name_or_path)
     base = adapter_base or str(name_or_path)
     find_adapter(base)  # also the base must be a checkpoint of this model

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import gc
 import json
 import os
 import resource
@@ -777,7 +776,7 @@ def finish(
 
 
 def free_memory(trainer: RecipeTrainer) -> None:
-    """Let go of the model, the optimizer and the engine, so that what was saved can be loaded."""
+    """Let go of the model, the optimizer and the engine, which `load_model` collects."""
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     trainer.write_model = None  # which holds the model too
@@ -786,6 +785,3 @@ def free_memory(trainer: RecipeTrainer) -> None:
     for callback in handler.callbacks:
         if isinstance(callback, _WhileTraining):
             callback.evaluate = None  # likewise
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
