@@ -112,15 +112,22 @@ def test_text_alone_changes_nothing_where_the_blank_picture_overflows(checkpoint
 
 
 def test_crops_per_call(checkpoint):
-    """At most so many at a time, with the same loss to float32's rounding."""
-    calls, losses = [], []
+    """At most so many at a time, with the same loss to float32's rounding.
+
+    All parts go through a layer before the next one: its weights' gradients wait for its parts alone.
+    """
+    calls, order, losses = [], [], []
     for most in (None, 1):
         model, processor = load_for_training(loading_options(checkpoint, max_crops_per_call=most))
-        layer = model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers[0]
-        layer.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        _, tower = stacks_of(model)
+        tower[0].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        for number, layer in enumerate(tower):
+            layer.register_forward_pre_hook(lambda *_, number=number: order.append(number))
         with torch.no_grad():
             losses.append(model(**inputs_of(processor)).loss.item())
     assert calls == [2, 1, 1]
+    assert order == [*range(len(tower)), *(number for number in range(len(tower)) for _ in range(2))]
+    assert len(tower) > 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
