@@ -19,7 +19,7 @@ from common.conversations import Conversations, check_lengths, load_conversation
 from common.data import ExampleDataset
 from common.errors import run, say
 from common.evaluation import generate_answers, write_confusion, write_evaluation
-from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
+from common.loading import check_checkpoint, load_model, load_processor, longest_sequence, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
 from common.preflight import preflight
 from common.training import finish, is_saved, once, save, start, train
@@ -43,14 +43,15 @@ def parse() -> argparse.Namespace:
 def load_data(options: argparse.Namespace) -> tuple[Conversations | None, Conversations, list[str]]:
     """What to train on, what to evaluate on, and the classes of both."""
     folder = Path(options.data_dir)
-    splits = (options.eval_split,) if options.eval_only else (options.eval_split, "train")
-    loaded = [load_conversations(folder / f"ucf101_{split}.jsonl", folder / "images") for split in splits]
+    how = {options.eval_split: "stop"}  # a bad line of what is evaluated is always an error
+    how |= {} if options.eval_only else {"train": options.bad_examples}
+    loaded = [load_conversations(folder / f"ucf101_{one}.jsonl", folder / "images", bad) for one, bad in how.items()]
     classes = sorted({label for one in loaded for label in labels_of(one)})
     return None if options.eval_only else loaded[1], loaded[0].first(options.eval_limit), classes
 
 
 def labels_of(data: Conversations) -> list[str]:
-    return [record["conversations"][-1]["assistant"] for record in data.records]
+    return [record["conversations"][-1]["assistant"] for record in data.without_images()]
 
 
 def make_example(data: Conversations, index: int, generator: random.Random | None = None) -> Example:
@@ -65,25 +66,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy over the videos and of each class, the confusion matrix; written to `<name>.json` and a PNG."""
     asked = functools.partial(make_example, data)
-    generated = [answer for answer, _ in generate_answers(model, processor, len(data), asked, options, title=name)]
+    generated = generate_answers(model, processor, len(data), asked, options, title=name)
     truth = labels_of(data)
-    correct = [exact_match(answer, label) for answer, label in zip(generated, truth, strict=True)]
+    correct = [exact_match(one.text, label) for one, label in zip(generated, truth, strict=True)]
     of_class = {one: [score for score, label in zip(correct, truth, strict=True) if label == one] for one in classes}
     totals = {
         "accuracy": mean(correct),
         "accuracy_per_class": {one: mean(scores) for one, scores in of_class.items() if scores},
     }
     named = {strip_answer(one).lower(): one for one in classes}
-    predicted = [named.get(strip_answer(answer).lower(), OTHER) for answer in generated]
+    predicted = [named.get(strip_answer(one.text).lower(), OTHER) for one in generated]
     labels = [*classes, OTHER]
     matrix = write_confusion(options.output_dir / f"confusion_{name}.png", truth, predicted, labels)
     confusion = {"labels": labels, "rows_true_columns_predicted": matrix}
-    examples = [
-        {"id": record.get("id", data.place(index)), "answers": [label], "generated": answer, "correct": score}
-        for index, (record, label, answer, score) in enumerate(
-            zip(data.records, truth, generated, correct, strict=True)
-        )
-    ]
+    examples = []
+    for index, (record, label, one, score) in enumerate(zip(data.records, truth, generated, correct, strict=True)):
+        about = {"id": record.get("id", data.place(index)), "answers": [label], "images": one.images}
+        examples.append({**about, "generated": one.text, "correct": score})
     write_evaluation(options.output_dir / f"{name}.json", {**totals, "confusion": confusion}, examples)
     return totals
 
@@ -100,9 +99,9 @@ def main() -> None:
     examples = functools.partial(make_example, train_data)
     dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
     preflight(dataset, processor, options)
-    model = load_model(options.model_name_or_path, options)
     for data in filter(None, (eval_data, train_data)):
-        check_lengths(data, processor, model.config.max_position_embeddings)
+        check_lengths(data, processor, longest_sequence(options))
+    model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_data, classes, options, "eval_before")
     if options.eval_only:

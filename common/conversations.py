@@ -18,7 +18,7 @@ import re
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,10 @@ class Records(Sequence[dict[str, Any]]):
 class Conversations:
     """The checked lines of one file; images are opened when an example is asked for.
 
-    `sizes` holds, for every line, the sizes of its pictures in the order of their tags.
+    Attributes:
+        sizes: for every line, the sizes of its pictures in the order of their tags.
+        faults: what is wrong with bad lines, by the lines' numbers, where these are examples that cannot be made
+            (`--bad_examples skip`); None where a bad line is an error.
     """
 
     path: Path
@@ -109,6 +112,7 @@ class Conversations:
     lines: Sequence[int]
     records: Sequence[dict[str, Any]]
     sizes: Sequence[tuple[Size, ...]]
+    faults: Mapping[int, str] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -119,15 +123,23 @@ class Conversations:
 
     def first(self, count: int | None) -> Conversations:
         """The first `count` conversations; all of them where it is None."""
-        return Conversations(self.path, self.image_dir, self.lines[:count], self.records[:count], self.sizes[:count])
+        first = {"lines": self.lines[:count], "records": self.records[:count], "sizes": self.sizes[:count]}
+        return replace(self, **first)
 
     def without_images(self) -> Iterator[dict[str, Any]]:
-        """The lines' dictionaries one after another, which name their images."""
-        return iter(self.records)
+        """The dictionaries of the good lines one after another, which name their images."""
+        return (self.records[index] for index, line in enumerate(self.lines) if line not in (self.faults or ()))
 
     def example(self, index: int) -> Example:
-        """One conversation; the tags of a turn's images stand before its text, as in the published recipe."""
-        place, record = self.place(index), self.records[index]
+        """One conversation; the tags of a turn's images stand before its text, as in the published recipe.
+
+        Raises:
+            UserError: a bad line, or a picture that cannot be decoded.
+        """
+        place = self.place(index)
+        if self.faults and self.lines[index] in self.faults:
+            raise UserError(f"{place}: {self.faults[self.lines[index]]}")
+        record = self.records[index]
         files = [
             path_inside(self.image_dir, name, place)
             for turn in record["conversations"]
@@ -162,19 +174,21 @@ def make_turns(record: dict[str, Any], images: Sequence[Any]) -> list[Turn]:
     return turns
 
 
-def load_conversations(path: str | Path, image_dir: str | Path) -> Conversations:
+def load_conversations(path: str | Path, image_dir: str | Path, bad_examples: str = "stop") -> Conversations:
     """Read a file and check every line: fields, types, tags, ids, and the pictures' presence and headers.
 
     Args:
         path: the JSONL file.
         image_dir: the folder that the image paths are relative to.
+        bad_examples: with "skip" a bad line is an example that cannot be made, which training leaves out.
 
     Raises:
-        UserError: with the file and line of every fault (the first 20 of them).
+        UserError: with the file and line of every fault (the first 20 of them), unless bad lines are left out.
     """
     path, image_dir = Path(path), Path(image_dir)
     numbers, begins, lengths = array("Q"), array("Q"), array("Q")
-    problems: list[str] = []
+    all_problems: list[str] = []
+    faults: dict[int, str] = {}
     measured: dict[Path, Size | str] = {}
     sizes: list[tuple[Size, ...]] = []
     equal: dict[Any, Any] = {}  # of equal sizes one is kept
@@ -183,20 +197,26 @@ def load_conversations(path: str | Path, image_dir: str | Path) -> Conversations
             if file not in measured:
                 size = measure_image(file)
                 measured[file] = equal.setdefault(size, size)
-        problems += [f"{path}, line {line.number}: {problem}" for problem in find_problems(line, measured)]
-        own = tuple(measured[picture.file] for picture in line.pictures)
+        problems = find_problems(line, measured)
+        all_problems += [f"{path}, line {line.number}: {problem}" for problem in problems]
+        faults |= {line.number: "; ".join(problems)} if problems else {}
+        own = () if problems else tuple(measured[picture.file] for picture in line.pictures)
         numbers.append(line.number)
         begins.append(line.begin)
         lengths.append(line.length)
         sizes.append(equal.setdefault(own, own))
-    _raise_first(problems)
+    if bad_examples == "stop":
+        _raise_first(all_problems)
     if not numbers:
         raise UserError(f"{path} is empty")
-    return Conversations(path, image_dir, numbers, Records(path, begins, lengths), tuple(sizes))
+    records = Records(path, begins, lengths)
+    return Conversations(path, image_dir, numbers, records, tuple(sizes), faults if bad_examples == "skip" else None)
 
 
 def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> None:
     """Check, before training, that every conversation can be encoded and is not too long for the model.
+
+    Where bad lines are left out, training leaves these out too, and nothing is checked.
 
     Args:
         limit: the model's, in tokens (`max_position_embeddings`).
@@ -204,7 +224,8 @@ def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) ->
     Raises:
         UserError: with the file and line of every fault (the first 20 of them).
     """
-    _raise_first([problem for _, problem in measure_lengths(data, processor, limit) if problem])
+    if data.faults is None:
+        _raise_first([problem for _, problem in measure_lengths(data, processor, limit) if problem])
 
 
 def counting_processor(processor: Phi3VProcessor) -> Phi3VProcessor:

@@ -49,12 +49,14 @@ class Rows:
 
     Attributes:
         folders: where pictures may lie that are files of their own.
+        numbers: of some rows of a split, which they are; None: all.
     """
 
     source: str
     split: str
     table: datasets.Dataset
     folders: tuple[Path, ...]
+    numbers: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -63,9 +65,11 @@ class Rows:
         """A row.
 
         Raises:
-            UserError: no pictures, or a picture's path that leaves the folders.
+            UserError: no question, no pictures, or a picture's path that leaves the folders.
         """
         row = self.table[index]
+        if not _asks(row):
+            raise UserError(f"{self.place(index)}: there is no question, or one without text")
         cells = row["images"] if "images" in row else [row.get("image")]
         if not cells:
             raise UserError(f"{self.place(index)}: there is no image")
@@ -90,13 +94,13 @@ class Rows:
         columns = _image_columns(self.columns)
         of_row = []
         for row in self.table.select_columns(columns):
-            cells = [cell for name in columns for cell in (row[name] if name == "images" else [row[name]])]
+            cells = [cell for name in columns for cell in ((row[name] or ()) if name == "images" else [row[name]])]
             of_row.append(numbers.setdefault(tuple(map(_identify, cells)), len(numbers)))
         return of_row
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages."""
-        return f"{self.source}, split {self.split}, row {index}"
+        return f"{self.source}, split {self.split}, row {index if self.numbers is None else self.numbers[index]}"
 
     def first(self, count: int | None) -> Rows:
         """The first `count` rows; all of them where it is None."""
@@ -104,7 +108,17 @@ class Rows:
 
     def select(self, indices: Iterable[int]) -> Rows:
         """Some of the rows, in the order given."""
-        return replace(self, table=self.table.select(list(indices)))
+        chosen = list(indices)
+        numbers = chosen if self.numbers is None else [self.numbers[index] for index in chosen]
+        return replace(self, table=self.table.select(chosen), numbers=tuple(numbers))
+
+
+def _asks(row: dict[str, Any]) -> bool:
+    """Whether every question of a row has a text, as far as a column of a known layout holds them."""
+    if "texts" in row:
+        return bool(row["texts"]) and all((text or {}).get("user") for text in row["texts"])
+    question = row.get("question", row.get("query", "there is no such column"))
+    return bool(question.get("en") if isinstance(question, dict) else question)
 
 
 def _image_columns(names: Iterable[str]) -> list[str]:
@@ -115,8 +129,9 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
     """Load a split from the hub or from disk.
 
     Args:
-        source: a hub id, with a configuration where the data set has several (`ID:CONFIG`), a folder
-            of parquet files, one parquet file, or a folder written by `datasets`' `save_to_disk`.
+        source: a hub id, with a configuration where the data set has several (`ID:CONFIG`) and a commit, branch or
+            tag where it is not the newest that is meant (`ID@REVISION`, `ID:CONFIG@REVISION`), a folder of
+            parquet files, one parquet file, or a folder written by `datasets`' `save_to_disk`.
         split: `train`, `validation` or `test`.
         layouts: the known sets of columns; the rows must have all columns of one of them.
         option: the option that names the source, for messages. With `--data_dir`, which names one
@@ -195,11 +210,12 @@ def _check_split(path: Path, split: str, option: str, found: Iterable[str | None
 
 
 def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    named, _, revision = source.partition("@")
+    if source.startswith((".", "/", "~")) or named.count("/") > 1:
         raise UserError(f"{option} {source}: there is no such file or folder; give one, or a hub id")
-    name, _, configuration = source.partition(":")
+    name, _, configuration = named.partition(":")
     try:
-        return _load_split(name, configuration or None, split)
+        return _load_split(name, configuration or None, split, revision or None)
     except ValueError as error:  # an unknown configuration or split: the library's message lists those there are
         raise UserError(f"{option} {source}: {one_line(error)} (a configuration is named ID:CONFIG)") from error
     except Exception as error:  # the hub's errors are of many kinds: connection, time-out, not found, gated
@@ -210,20 +226,20 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
         ) from error
 
 
-def _load_split(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+def _load_split(name: str, configuration: str | None, split: str, revision: str | None) -> datasets.Dataset:
     """A split of the hub, also under another name for the same (`val` for `validation`)."""
     try:
-        return datasets.load_dataset(name, configuration, split=split)
+        return datasets.load_dataset(name, configuration, split=split, revision=revision)
     except ValueError as error:
         for other in (other for other, known in SPLIT_NAMES.items() if known == split and other != split):
             with contextlib.suppress(ValueError):
-                return datasets.load_dataset(name, configuration, split=other)
+                return datasets.load_dataset(name, configuration, split=other, revision=revision)
         raise error
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, in one line; its kind where it says nothing. PIL's name a place in memory, left out here."""
+    return " ".join(re.sub(r"<_io\.BytesIO object at \w+>", "", str(error)).split())[:300] or type(error).__name__
 
 
 def readable(name: str | Path) -> str:
@@ -315,16 +331,21 @@ def decode_image(cell: Any, place: str) -> Image.Image:
         raise UserError(f"{place}: the image{which} cannot be decoded: {one_line(error)}") from error
 
 
-def check_answers(rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str) -> None:
+def check_answers(
+    rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str, bad_examples: str = "stop"
+) -> None:
     """Check, without decoding an image, that every row has answers, before hours depend on it.
 
     Args:
         questions_of: a row without its image columns -> its questions, each with its accepted answers.
         advice: what to do, for the message.
+        bad_examples: with "skip" nothing is checked here: an example without an answer is left out in training.
 
     Raises:
         UserError: with the place of the first row without answers, or with fields of other types.
     """
+    if bad_examples == "skip":
+        return
     for index, row in enumerate(rows.without_images()):
         try:
             questions = questions_of(row)
@@ -363,7 +384,9 @@ def number_questions(rows: Rows, each: bool) -> list[tuple[int, int | None]]:
     if not each or "texts" not in rows.columns:
         return [(row, None) for row in range(len(rows))]
     texts = rows.table.select_columns(["texts"])
-    return [(number, question) for number, row in enumerate(texts) for question in range(len(row["texts"]))]
+    # a row without any counts as one: what is wrong with it is told where it would be asked
+    counts = [max(1, len(row["texts"] or ())) for row in texts]
+    return [(number, question) for number, count in enumerate(counts) for question in range(count)]
 
 
 def number_pictures(rows: Rows, questions: Sequence[tuple[int, int | None]] | None = None) -> list[int]:

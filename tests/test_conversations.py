@@ -117,6 +117,24 @@ def test_all_faults_at_once(folder):
     assert str(error.value).count("line ") == MOST_PROBLEMS
 
 
+def test_bad_lines_to_be_left_out(folder, processor):
+    """They keep their places as examples that cannot be made; what is told of the data leaves them out."""
+    write(folder, one(), "{no JSON", one(user=1), one(images=["absent.png"]), {}, one(assistant="B"))
+    data = load_conversations(folder / "data.jsonl", folder / "images", "skip")
+    assert (len(data), list(data.faults)) == (6, [2, 3, 4, 5])
+    assert [data.example(index).turns[0].assistant for index in (0, 5)] == ["A", "B"]
+    for index, fault in ((1, "no JSON in UTF-8"), (2, "turn 1: user must be a text"), (3, "there is no such file")):
+        with pytest.raises(UserError, match=rf"data.jsonl, line {index + 1}: .*{fault}"):
+            data.example(index)
+    assert [record["conversations"][0]["assistant"] for record in data.without_images()] == ["A", "B"]
+    assert list(data.first(3).without_images()) == list(data.without_images())[:1]
+    assert data.first(3).faults == data.faults
+    check_lengths(data, processor, limit=1)  # training leaves out what is too long, too
+    write(folder, one(), one())
+    with pytest.raises(UserError, match="2 problems"):
+        check_lengths(load(folder), processor, limit=1)
+
+
 def test_wrong_encoding_empty_and_missing_file(folder):
     (folder / "data.jsonl").write_bytes(b'{"conversations": "\xff"}\n')
     with pytest.raises(UserError, match="line 1: no JSON in UTF-8"):
@@ -224,6 +242,7 @@ def test_evaluation_feeds_what_training_saw(monkeypatch, folder, processor, batc
     monkeypatch.setattr("common.evaluation.causal_lm_of", lambda model: limits)
     precision = Precision("fp32", torch.float32, None)
     options = argparse.Namespace(num_workers=0, precision=precision, device="cpu", tqdm=False, bad_examples="stop")
+    options.report_images = False
     options.eval_batch_size_per_gpu = batch_size
     generate_answers(model, processor, len(data), data.example, options)
     fed = [row for rows, _ in model.fed for row in rows]

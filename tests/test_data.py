@@ -212,14 +212,53 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 def test_hub_id_with_a_configuration(monkeypatch):
     asked = []
 
-    def load_dataset(name, configuration, split):
-        asked.append((name, configuration, split))
+    def load_dataset(name, configuration, split, revision):
+        asked.append((name, configuration, split, revision))
         return cauldron([1])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load("HuggingFaceM4/the_cauldron:docvqa")
     load("some/data")
-    assert asked == [("HuggingFaceM4/the_cauldron", "docvqa", "train"), ("some/data", None, "train")]
+    load("HuggingFaceM4/the_cauldron:docvqa@refs/pr/1")
+    load("some/data@0123abc")
+    assert asked == [
+        ("HuggingFaceM4/the_cauldron", "docvqa", "train", None),
+        ("some/data", None, "train", None),
+        ("HuggingFaceM4/the_cauldron", "docvqa", "train", "refs/pr/1"),
+        ("some/data", None, "train", "0123abc"),
+    ]
+
+
+def test_rows_keep_their_numbers(tmp_path):
+    """The place of a selected row is its row in the split, however often was selected."""
+    mini(6).to_parquet(tmp_path / "train.parquet")
+    chosen = load(tmp_path).select([1, 3, 5]).select([2, 0])
+    assert [chosen.place(index) for index in range(2)] == [f"{tmp_path}, split train, row {row}" for row in (5, 1)]
+    assert [chosen[index]["id"] for index in range(2)] == ["row_5", "row_1"]
+    assert load(tmp_path).first(2).place(1).endswith("row 1")
+
+
+def test_missing_questions_and_pictures_are_told_with_their_place(tmp_path):
+    """Nulls in the columns neither stop what only counts, nor become a question's text."""
+    rows = cauldron([1, 2, 1, 1, 1])
+    cells = [*rows]
+    cells[0] |= {"texts": None}
+    cells[1]["texts"][1] |= {"user": None}
+    cells[2] |= {"images": None}
+    cells[3] |= {"texts": []}
+    datasets.Dataset.from_list(cells, features=rows.features).to_parquet(tmp_path / "train.parquet")
+    loaded = load(tmp_path)
+    numbers = number_questions(loaded, each=True)
+    assert numbers == [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
+    assert len(set(number_pictures(loaded, numbers))) == 5
+    for row, problem in ((0, "no question"), (1, "or one without text"), (2, "there is no image"), (3, "no question")):
+        with pytest.raises(UserError, match=rf"train, row {row}: .*{problem}"):
+            loaded[row]
+    assert loaded[4]["texts"][0]["user"] == "Q4.0"
+    table = mini(2).map(lambda row: {"query": {"en": None, "de": "?"}})
+    table.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="row 1: there is no question"):
+        load(tmp_path)[1]
 
 
 def test_undecodable_image_names_data_set_split_and_row(tmp_path):
@@ -298,7 +337,7 @@ def test_pictures_of_a_table_lie_in_its_folder(tmp_path, nested):
         UserError, match="row 5: there is no image" if nested else "row 5: the image .1 bytes. cannot be"
     ):
         page(loaded, 5)
-    with pytest.raises(UserError, match=r"row 0: the path .* leaves the folder"):
+    with pytest.raises(UserError, match=r"row 3: the path .* leaves the folder"):
         page(loaded.select([3]), 0)
 
 
@@ -498,7 +537,7 @@ def test_hub_split_named_val(monkeypatch):
     """Asked for `validation`; a split that is there under no name is told as the library tells it."""
     asked = []
 
-    def load_dataset(name, configuration, split):
+    def load_dataset(name, configuration, split, revision):
         asked.append(split)
         if split == "val":
             return mini(2)

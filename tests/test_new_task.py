@@ -187,6 +187,7 @@ def options_for(folder, **values):
         "eval_data": None,
         "eval_split": "test",
         "eval_limit": None,
+        "bad_examples": "stop",
     }
     return argparse.Namespace(
         **{**given, "full_train": False, "eval_only": False, "all_questions": False, "share_images": False, **values}

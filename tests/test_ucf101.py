@@ -45,7 +45,13 @@ def folder(tmp_path_factory):
 
 
 def options_for(folder, **values):
-    options = {"data_dir": str(folder), "eval_split": "test", "eval_limit": None, "eval_only": False}
+    options = {
+        "data_dir": str(folder),
+        "eval_split": "test",
+        "eval_limit": None,
+        "eval_only": False,
+        "bad_examples": "stop",
+    }
     return argparse.Namespace(**{**options, **values})
 
 
@@ -91,8 +97,8 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
     monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
     for name in ("start", "preflight"):
         monkeypatch.setattr(ucf101, name, lambda *ignored: None)
-    model = argparse.Namespace(config=argparse.Namespace(max_position_embeddings=900))
-    monkeypatch.setattr(ucf101, "load_model", lambda *ignored: model)
+    monkeypatch.setattr(ucf101, "longest_sequence", lambda options: 900)
+    monkeypatch.setattr(ucf101, "load_model", lambda *ignored: pytest.fail("before the weights are loaded"))
     message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens at num_crops=1, the model takes 900: lower --num_crops"
     with pytest.raises(UserError, match=message):
         ucf101.main()
