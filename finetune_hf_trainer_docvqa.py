@@ -54,7 +54,7 @@ def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     if options.eval_only:
         return None, eval_rows.first(options.eval_limit)
     train_rows = load(options, options.train_data, FULL if options.full_train else MINI, "--train_data", "train")
-    check_answers(train_rows, questions, "leave the row out")
+    check_answers(train_rows, questions, "leave the row out", options.bad_examples)
     return train_rows, eval_rows.first(options.eval_limit)
 
 
@@ -88,7 +88,7 @@ def training_set(rows: Rows, processor: Any, options: argparse.Namespace) -> Exa
         row, number = numbers[index]
         asked = questions(rows[row])
         question, accepted = generator.choice(asked) if number is None else asked[number]
-        return ask(rows, row, question, generator.choice(accepted))
+        return ask(rows, row, question, generator.choice(accepted or [""]))
 
     return ExampleDataset(len(numbers), make_example, processor, options.seed, pictures)
 
@@ -101,11 +101,11 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
     asked, pictures = functools.partial(ask, rows), number_pictures(rows)
     generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=pictures)
     examples = []
-    for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
+    for index, (row, (answer, _, images)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, accepted = questions(row)[0]
         about = {"id": str(row.get("id", row.get("questionId", index))), "question": question, "answers": accepted}
         scores = {"anls": anls(answer, accepted), "anls_recipe": anls_recipe(answer, accepted)}
-        examples.append({**about, "generated": answer, **scores})
+        examples.append({**about, "images": images, "generated": answer, **scores})
     totals = {metric: mean([one[metric] for one in examples]) for metric in ("anls", "anls_recipe")}
     write_evaluation(options.output_dir / f"{name}.json", totals, examples)
     return totals

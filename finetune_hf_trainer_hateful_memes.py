@@ -97,11 +97,11 @@ def evaluate(model: Any, processor: Any, rows: Rows, options: argparse.Namespace
     asked = functools.partial(make_example, rows)
     generated = generate_answers(model, processor, len(rows), asked, options, title=name, candidates=candidates)
     examples = []
-    for index, (row, (answer, (no, yes))) in enumerate(zip(rows.without_images(), generated, strict=True)):
+    for index, (row, (answer, (no, yes), images)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         label = labels[index]
         about = {"id": row.get("id", rows.place(index)), "question": row["texts"][0]["user"], "answers": [label]}
         score = {"correct": exact_match(answer, label), "probability_yes": yes / max(yes + no, 1e-30)}
-        examples.append({**about, "generated": answer, **score})
+        examples.append({**about, "images": images, "generated": answer, **score})
     truth = [strip_answer(label).lower() == "yes" for label in labels]
     area = auroc(truth, [one["probability_yes"] for one in examples])
     totals = {"accuracy": mean([one["correct"] for one in examples]), "auroc": area}

@@ -106,10 +106,10 @@ def evaluate(model: Any, processor: Any, rows: data.Rows, options: argparse.Name
     asked = partial(make_example, rows, [(row, 0) for row in range(len(rows))])
     generated = generate_answers(model, processor, len(rows), asked, options, name, pictures=data.number_pictures(rows))
     examples = []
-    for index, (row, (answer, _)) in enumerate(zip(rows.without_images(), generated, strict=True)):
+    for index, (row, (answer, _, images)) in enumerate(zip(rows.without_images(), generated, strict=True)):
         question, correct = row["texts"][0]["user"], row["texts"][0]["assistant"]
         about = {"id": row.get("id", rows.place(index)), "question": question, "answers": [correct]}
-        examples.append({**about, "generated": answer, "correct": exact_match(answer, correct)})
+        examples.append({**about, "images": images, "generated": answer, "correct": exact_match(answer, correct)})
     totals = {"accuracy": mean([one["correct"] for one in examples])}
     write_evaluation(options.output_dir / f"{name}.json", totals, examples)
     return totals

@@ -77,6 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         precision=Precision(options.dtype, dtype, None),
         device=device,
         tqdm=False,
+        report_images=False,
     )
     size = (options.page_width, round(options.page_width * 2200 / 1700))
     # pages of four questions each

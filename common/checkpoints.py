@@ -32,6 +32,7 @@ from . import deepspeed_files
 from .cli import PATHS, RUN_RECORD, Precision
 from .errors import UserError, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
+from .report import PICTURES
 from .stopping import STOPPED, Stopping
 
 MANIFEST, STAGES = "manifest.json", "stages.json"
@@ -40,7 +41,7 @@ MANIFEST, STAGES = "manifest.json", "stages.json"
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
 FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "max_bad_steps", "eval_steps", "timeout_minutes"}
-FREE_OPTIONS |= {"defaults", "given", "push_to_hub"}
+FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images"}
 # How a global batch is divided changes the order of summation alone, and the draws of dropout.
 FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 
@@ -161,7 +162,7 @@ def remove_incomplete(folder: Path) -> None:
     """Remove what a killed run was writing or deleting (together, before anything is written)."""
 
     def remove() -> None:
-        for path in folder.glob(f"*{INCOMPLETE}"):
+        for path in (*folder.glob(f"*{INCOMPLETE}"), *folder.glob(f"{PICTURES}/*{INCOMPLETE}")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     on_first(remove)

@@ -23,7 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
 from .errors import UserError, is_first_process, note_options, raise_all
-from .facts import note_origins
+from .facts import RUN_FACTS, note_origins
 from .model_card import push_problems
 from .phi3v.stock import find_fused_cross_entropy
 
@@ -47,7 +47,7 @@ PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
 BAD_EXAMPLES = "bad_examples.jsonl"  # what --bad_examples skip has left out
 RUN_FILES = (
-    *(RUN_RECORD, "stages.json", "run_facts.json", "report.html"),
+    *(RUN_RECORD, "stages.json", RUN_FACTS, "report.html", "report_images", "plots"),
     *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
     BAD_EXAMPLES,
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
@@ -89,6 +89,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         metavar="NAME",
         help="hub id or folder, also of an adapter (%(default)s)",
     )
+    model.add_argument("--revision", metavar="COMMIT", help="of a hub id: commit, branch or tag (its main branch)")
     model.add_argument("--use_lora", action="store_true", help="train low-rank adapters instead of the weights")
     model.add_argument("--use_qlora", action="store_true", help="adapters over weights quantised to NF4")
     model.add_argument("--lora_rank", type=int, default=64, metavar="N", help="(%(default)s)")
@@ -217,6 +218,12 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     )
     rare.add_argument(
         "--report_to", default="none", metavar="NAMES", help="tensorboard, wandb, trackio: by comma (%(default)s)"
+    )
+    rare.add_argument(
+        "--report_images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the evaluated pictures in the output folder, for report.html to show (yes)",
     )
     rare.add_argument("--push_to_hub", metavar="NAME/MODEL", help="upload the trained model and its card, privately")
     rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
@@ -422,8 +429,13 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
     for name in SOURCES:
         value = getattr(options, name, None)
         # a hub id has at most one slash and is no path
-        if value and not os.path.exists(value) and (value.count("/") > 1 or value[0] in "./~"):
+        if value and not os.path.exists(value) and (value.partition("@")[0].count("/") > 1 or value[0] in "./~"):
             problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
+    if options.revision == "":
+        problems.append("--revision is given and empty: name a commit, or leave the option out")
+    elif options.revision is not None and os.path.exists(options.model_name_or_path):
+        name = options.model_name_or_path
+        problems.append(f"--revision {options.revision} is of a hub id, and {name} is a folder: leave it out")
     if options.eval_only or options.method not in ("full", "frozen"):
         if options.deepspeed:
             problems.append(f"--deepspeed {options.deepspeed} is for full fine-tuning: leave it out here")

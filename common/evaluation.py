@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from .collation import Example, collate, encode_questions, prefix_length
@@ -22,6 +24,7 @@ from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
+from .report import save_pictures
 from .stopping import outlive_stop_signals
 
 MAX_NEW_TOKENS = 64  # as published
@@ -34,10 +37,12 @@ class Generated(NamedTuple):
     Attributes:
         text: special tokens dropped.
         probabilities: of each candidate's first token at the answer's first position.
+        images: the files in `report_images/` that show the example's pictures.
     """
 
     text: str
     probabilities: tuple[float, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 # Numbers and encoded prompts of examples about the same pictures; of one that cannot be made its `problem`.
@@ -45,7 +50,11 @@ Group = list[tuple[int, dict[str, Any]]]
 
 
 class _Prompts(torch.utils.data.Dataset):
-    """Groups of examples, encoded without their answers in the loader's workers; a picture is read once for a group."""
+    """Groups of examples, encoded without their answers in the loader's workers; a picture is read once for a group.
+
+    Args:
+        pictures_in: the output folder, where the report is to show the pictures; None: they are not kept.
+    """
 
     def __init__(
         self,
@@ -53,8 +62,10 @@ class _Prompts(torch.utils.data.Dataset):
         groups: Sequence[Sequence[int]],
         processor: Phi3VProcessor,
         max_tokens: int,
+        pictures_in: Path | None,
     ) -> None:
         self.make_example, self.groups, self.processor, self.max_tokens = make_example, groups, processor, max_tokens
+        self.pictures_in = pictures_in
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -69,11 +80,23 @@ class _Prompts(torch.utils.data.Dataset):
             group = list(zip(numbers, encode_questions(self.processor, examples, with_answer=False), strict=True))
             for example, (_, encoded) in zip(examples, group, strict=True):
                 check_length(example.id, len(encoded["input_ids"]), self.max_tokens)
+                encoded["images"] = self._keep([image for turn in example.turns for image in turn.images])
         except UserError as error:
             if len(numbers) > 1:  # each by itself, for some may be good
                 return [one for number in numbers for one in self._encode([number])]
             return [(numbers[0], {"problem": str(error)})]
         return group
+
+    def _keep(self, images: Sequence[Image.Image]) -> tuple[str, ...]:
+        """Pictures for the report; an evaluation does not fail for them."""
+        if self.pictures_in is None:
+            return ()
+        try:
+            return tuple(save_pictures(self.pictures_in, images))
+        except OSError as error:
+            print(f"the report will not show every picture: {error}", file=sys.stderr, flush=True)
+            self.pictures_in = None
+            return ()
 
 
 @torch.no_grad()
@@ -98,9 +121,9 @@ def generate_answers(
     Args:
         count: how many examples there are.
         make_example: number -> example; called in worker processes.
-        options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device`, `tqdm` and `bad_examples` count.
-            With `--bad_examples skip` the answer to an example that cannot be made is empty, its candidates are
-            equally probable, and what is wrong is said.
+        options: `eval_batch_size_per_gpu`, `num_workers`, `precision`, `device`, `tqdm` and `bad_examples` count;
+            with `report_images` the pictures are kept in `output_dir`. With `--bad_examples skip` the answer
+            to an example that cannot be made is empty, its candidates are equally probable, and what is wrong is said.
         title: of the progress bar.
         candidates: answers whose probabilities are asked for.
         max_new_tokens: the longest answer.
@@ -117,7 +140,13 @@ def generate_answers(
     groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
     num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
     loader = torch.utils.data.DataLoader(
-        _Prompts(make_example, groups, processor, causal_lm_of(model).config.max_position_embeddings),
+        _Prompts(
+            make_example,
+            groups,
+            processor,
+            causal_lm_of(model).config.max_position_embeddings,
+            options.output_dir if options.report_images else None,
+        ),
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
@@ -160,9 +189,9 @@ def generate_answers(
             probabilities = [()] * len(texts)
             if candidates:  # (batch, vocabulary) -> (batch, candidates)
                 probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
-            numbers = [number for group in batch for number, _ in group]
-            for number, text, each in zip(numbers, texts, probabilities, strict=True):
-                answers.append((number, Generated(text, tuple(each)), None))
+            asked = [one for group in batch for one in group]
+            for (number, encoded), text, each in zip(asked, texts, probabilities, strict=True):
+                answers.append((number, Generated(text, tuple(each), tuple(encoded["images"])), None))
             progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
     gathered = sorted(gather_in_order(answers, world))

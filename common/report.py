@@ -38,6 +38,7 @@ from .errors import UserError, is_first_process, say
 from .facts import RUN_FACTS
 from .files import INCOMPLETE
 from .metrics import strip_answer
+from .progress import in_time
 
 REPORT, COMPARISON = "report.html", "report_comparison.html"
 PICTURES, PLOTS = "report_images", "plots"
@@ -878,8 +879,7 @@ def _summary(run: Run) -> list[dict[str, str]]:
     if _is_number(last.get("train_loss")):
         found["mean loss"] = _short(last["train_loss"])
     if _is_number(last.get("train_runtime")):
-        hours, seconds = divmod(round(last["train_runtime"]), 3600)
-        found["duration"] = f"{hours} h {seconds // 60:02} min" if hours else f"{seconds // 60} min {seconds % 60:02} s"
+        found["duration"] = in_time(last["train_runtime"])
     for key, label in (("examples_per_second", "questions/s, median"), ("tokens_per_second", "tokens/s, median")):
         values = [line[key] for line in logged if _is_number(line.get(key))]
         if values:

@@ -59,7 +59,7 @@ from .model_card import push_to_hub, write_model_card
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import attention_for_packing
-from .progress import TrainingProgress
+from .progress import TrainingProgress, in_time
 from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
@@ -464,13 +464,20 @@ def run_vision_without_pictures(model: torch.nn.Module) -> None:
 
 
 class _WhileTraining(TrainerCallback):
-    """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often."""
+    """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often.
 
-    def __init__(self, options: argparse.Namespace, evaluate: Callable[[argparse.Namespace, str], Any]) -> None:
-        self.options, self.evaluate = options, evaluate
+    Args:
+        trained: how many parameters are, in words.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, evaluate: Callable[[argparse.Namespace, str], Any], trained: str
+    ) -> None:
+        self.options, self.evaluate, self.trained = options, evaluate, trained
         self.trainer: RecipeTrainer | None = None
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        say(f"{self.trained}; {len(self.trainer.train_dataset)} examples in an epoch, {state.max_steps} steps")
         self.trainer.start_counting()
         wrapper = type(self.trainer.model_wrapped).__name__
         expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
@@ -520,7 +527,9 @@ def train(
         bad_examples = BadExamples(options.output_dir, len(dataset), options.max_bad_fraction)
         bad_examples.check()
     batches = make_batches(dataset, processor, arguments, options, config, bad_examples)
-    callback = _WhileTraining(options, functools.partial(evaluate, model, processor, *eval_data))
+    callback = _WhileTraining(
+        options, functools.partial(evaluate, model, processor, *eval_data), count_parameters(model)
+    )
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
@@ -543,6 +552,16 @@ def train(
     if options.dry_run:
         _end_dry_run(options)
     return trainer
+
+
+def count_parameters(model: torch.nn.Module) -> str:
+    """How many parameters a model that was prepared for training trains, in words."""
+    if isinstance(model, PeftModel):  # which knows how many a weight in NF4 stands for
+        trained, of_all = model.get_nb_trainable_parameters()
+    else:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trained, of_all = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    return f"trains {trained / 1e6:,.1f} M of {of_all / 1e6:,.1f} M parameters"
 
 
 def _end_dry_run(options: argparse.Namespace) -> None:
@@ -650,6 +669,7 @@ def using_attention(model: torch.nn.Module, implementation: str) -> Iterator[Non
 
 
 SAVED = "save"  # the stage of a run
+BEGAN = time.perf_counter()  # about when the process did
 
 
 def write_model(
@@ -666,7 +686,9 @@ def write_model(
         # `lm_head` is a LoRA target; without this PEFT would also store the whole base `lm_head`
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         # the base's configuration tells the Auto classes, also the tokenizer's, what model this is
-        Phi3VConfig.from_pretrained(model.peft_config["default"].base_model_name_or_path).save_pretrained(folder)
+        base = model.peft_config["default"]
+        config = Phi3VConfig.from_pretrained(base.base_model_name_or_path, revision=base.revision)
+        config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
@@ -686,14 +708,16 @@ def once(evaluate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
     Args:
         evaluate: the script's own.
         arguments: its arguments, the last two the options and a name: `<name>.json` is written; with
-            `--eval_only` always, and it is `eval_only.json`.
+            `--eval_only` always, and it is `eval_only.json`, with the report beside it.
 
     Returns:
         The totals.
     """
     *others, options, name = arguments
     if options.eval_only:
-        return evaluate(*others, options, "eval_only")
+        totals = evaluate(*others, options, "eval_only")
+        write_report(options)
+        return totals
     if options.dry_run:
         return evaluate(*arguments)
     if is_finished(options.output_dir, name):
@@ -766,10 +790,9 @@ def finish(
         speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
         memory = max((line["memory_peak_gb"] for line in lines if "memory_peak_gb" in line), default=0.0)
         if speeds:
-            speed = statistics.median(speeds)
-            say(
-                f"trained:         {lines[-1]['step']} steps, {speed:.3g} examples/s, at most {memory:.1f} GB a process"
-            )
+            steps, speed = lines[-1]["step"], statistics.median(speeds)
+            say(f"trained:         {steps} steps, {speed:.3g} examples/s, at most {memory:.1f} GB a process")
+        say(f"duration:        {in_time(time.perf_counter() - BEGAN)}, evaluations and all")
         say(f"model and files: {options.output_dir}")
         command = f"python -m tools.predict --checkpoint {options.output_dir}"
         say(f'to try it:       {command} --image FILE --question "…"')

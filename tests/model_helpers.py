@@ -301,5 +301,7 @@ def loading_options(checkpoint: str | Path, **values: Any) -> argparse.Namespace
         "eval_only": False,
         "bf16": False,
         "output_dir": Path("unused"),
+        "report_images": False,
+        "revision": None,
     }
     return argparse.Namespace(**{**options, **values})

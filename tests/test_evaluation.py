@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 
 from common.cli import Precision
 from common.collation import Example, Turn, encode_example
@@ -52,6 +53,7 @@ def generate(folder, batch_size, workers=0, candidates=()):
         precision=Precision("fp32", torch.float32, None),
         device="cpu",
         tqdm=False,
+        report_images=False,
     )
     return generate_answers(model, processor, COUNT, make_example, options, candidates=candidates, max_new_tokens=6)
 
@@ -99,7 +101,12 @@ def ask_pages(folder, batch_size, pictures=None, ask=ask_page, model=None, candi
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
     precision = Precision("fp32", torch.float32, None)
     options = argparse.Namespace(
-        eval_batch_size_per_gpu=batch_size, num_workers=0, precision=precision, device="cpu", tqdm=False
+        eval_batch_size_per_gpu=batch_size,
+        num_workers=0,
+        precision=precision,
+        device="cpu",
+        tqdm=False,
+        report_images=False,
     )
     crops = []
     tower = causal_lm_of(model).model.vision_embed_tokens.img_processor
@@ -144,7 +151,7 @@ def test_prompts_of_about_the_same_length_are_answered_together(folder, one_by_o
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
     precision = Precision("fp32", torch.float32, None)
     options = argparse.Namespace(
-        eval_batch_size_per_gpu=2, num_workers=0, precision=precision, device="cpu", tqdm=False
+        eval_batch_size_per_gpu=2, num_workers=0, precision=precision, device="cpu", tqdm=False, report_images=False
     )
     generated = generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=6)
     assert [one.text for one in generated] == one_by_one
@@ -184,10 +191,51 @@ def test_model_is_left_in_its_mode(folder):
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
     precision = Precision("bf16", torch.bfloat16, torch.bfloat16)
     options = argparse.Namespace(
-        eval_batch_size_per_gpu=1, num_workers=0, precision=precision, device="cpu", tqdm=False
+        eval_batch_size_per_gpu=1, num_workers=0, precision=precision, device="cpu", tqdm=False, report_images=False
     )
     assert len(generate_answers(model, processor, 1, make_example, options, max_new_tokens=2)) == 1
     assert model.training
+
+
+def test_pictures_for_the_report(folder, tmp_path):
+    """Every answer has its example's pictures, kept once each, also by two workers; text alone has none."""
+    model, processor = tiny_model(), Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=2, num_workers=2, precision=Precision("fp32", torch.float32, None), device="cpu"
+    )
+    options.tqdm, options.report_images, options.output_dir = False, True, tmp_path
+    found = generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=2)
+    assert [len(one.images) for one in found] == [1, 0, 1, 0, 1]
+    saved = {file.name for file in (tmp_path / "report_images").iterdir()}
+    assert saved == {name for one in found for name in one.images}
+    assert len(saved) == 3
+    for index in (0, 2, 4):
+        with Image.open(tmp_path / "report_images" / found[index].images[0]) as image:
+            assert image.size == make_example(index).turns[0].images[0].size
+    pages = generate_answers(model, processor, len(PAGES), ask_page, options, max_new_tokens=2, pictures=PAGES)
+    assert len({one.images for one in pages}) == len(set(PAGES))
+    assert len({(one.images, page) for one, page in zip(pages, PAGES, strict=True)}) == len(set(PAGES))
+
+
+def test_a_full_disk_costs_the_report_its_pictures_and_no_answer(folder, tmp_path, capsys):
+    model, processor = tiny_model(), Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=2, num_workers=0, precision=Precision("fp32", torch.float32, None), device="cpu"
+    )
+    options.tqdm, options.report_images, options.output_dir = False, True, tmp_path
+    (tmp_path / "report_images").write_text("no folder can be made here")
+    found = generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=2)
+    assert [one.images for one in found] == [()] * COUNT
+    assert [one.text for one in found] == answers_of(model, processor)
+    assert capsys.readouterr().err.count("the report will not show every picture") == 1
+
+
+def answers_of(model, processor):
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=2, num_workers=0, precision=Precision("fp32", torch.float32, None), device="cpu"
+    )
+    options.tqdm = options.report_images = False
+    return [one.text for one in generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=2)]
 
 
 def test_evaluation_file(tmp_path):

@@ -268,7 +268,7 @@ def test_evaluation_in_between_has_its_own_attention():
     model = training_model("sdpa", torch.float32)
     seen = []
     options = argparse.Namespace(eval_steps=1, attention="sdpa")
-    callback = _WhileTraining(options, lambda _, name: seen.append((name, model.config._attn_implementation)))
+    callback = _WhileTraining(options, lambda _, name: seen.append((name, model.config._attn_implementation)), "")
     callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog())
     with using_attention(model, "eager"):
         callback.on_step_end(None, SimpleNamespace(global_step=1), None)
