@@ -19,7 +19,7 @@ from .data import one_line
 from .errors import UserError
 from .layers import compile_layers, recompute_layers, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from .phi3v.stock import find_file
+from .phi3v.stock import extract_commit_hash, find_file
 
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 
@@ -35,10 +35,14 @@ TOWER_LINEARS = (*(rf"self_attn\.{name}_proj" for name in ("q", "k", "v", "out")
 def check_checkpoint(options: argparse.Namespace) -> None:
     """Find out, before any weight is read, whether `--model_name_or_path` can be used with these options.
 
+    `options.revision` becomes the commit that a hub id's branch or tag is at now, so that all that is read of it is of
+    the same one, and the output folder says which.
+
     Raises:
         UserError: nothing there, another model type, an adapter that the options do not go on training.
     """
-    adapter = find_adapter(options.model_name_or_path)
+    adapter = find_adapter(options.model_name_or_path, options.revision)
+    options.revision = commit_of(options.model_name_or_path, options.revision)
     if adapter is None:
         _check_files(options.model_name_or_path)
         return
@@ -85,19 +89,35 @@ def _check_files(name_or_path: str) -> None:
         )
 
 
-def find_adapter(name_or_path: str) -> Path | None:
+def commit_of(name_or_path: str, revision: str | None) -> str | None:
+    """The commit of a hub's checkpoint or adapter, which was found before; None for a folder."""
+    for name in ("config.json", "adapter_config.json"):
+        file = find_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None and not Path(name_or_path).exists():
+            return extract_commit_hash(file, None)
+    return None
+
+
+def find_adapter(name_or_path: str, revision: str | None = None) -> Path | None:
     """The `adapter_config.json` of an adapter; None for a checkpoint of the whole model.
+
+    Args:
+        name_or_path: hub id or folder.
+        revision: of a hub id: a commit, branch or tag; None is its main branch.
 
     Raises:
         UserError: nothing there, or a checkpoint of another model type.
     """
     try:
-        adapter = find_file(name_or_path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+        hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        adapter = find_file(name_or_path, "adapter_config.json", **hub)
         if adapter is not None:
             return Path(adapter)
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        what = "is not a checkpoint folder" if Path(name_or_path).exists() else "could not be fetched from the hub"
+        what = "is not a checkpoint folder"
+        if not Path(name_or_path).exists():
+            what = "could not be fetched from the hub" + (f" at --revision {revision}" if revision else "")
         raise UserError(
             f"--model_name_or_path {name_or_path} {what} ({' '.join(str(error).split())[:200]}); "
             "give a local checkpoint folder, or try `make demo`, which needs no network"
@@ -117,14 +137,33 @@ def load_processor(options: argparse.Namespace) -> Phi3VProcessor:
     them transformers reads the very same tokenizer files as another kind of tokenizer (seen with
     5.23), which leaves out the space after every special token.
     """
-    base = base_of_adapter(options.model_name_or_path) or options.model_name_or_path
-    return Phi3VProcessor.from_pretrained(base, num_crops=options.num_crops)
+    base, revision = checkpoint_of(options.model_name_or_path, options.revision)
+    return Phi3VProcessor.from_pretrained(base, revision=revision, num_crops=options.num_crops)
 
 
-def base_of_adapter(name_or_path: str | Path) -> str | None:
+def base_of_adapter(name_or_path: str | Path, revision: str | None = None) -> str | None:
     """The checkpoint that an adapter stands on; None for a checkpoint of the whole model."""
-    adapter = find_adapter(str(name_or_path))
+    adapter = find_adapter(str(name_or_path), revision)
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter else None
+
+
+def checkpoint_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """A checkpoint itself, or the one that an adapter stands on, at the revision that it was trained on.
+
+    Returns:
+        hub id or folder, and the revision; None is a hub's main branch.
+    """
+    adapter = find_adapter(str(name_or_path), revision)
+    if adapter is None:
+        return str(name_or_path), revision
+    stored = json.loads(adapter.read_text())
+    return stored["base_model_name_or_path"], stored.get("revision")
+
+
+def longest_sequence(options: argparse.Namespace) -> int:
+    """The model's limit, in tokens, read before its weights are."""
+    base, revision = checkpoint_of(options.model_name_or_path, options.revision)
+    return Phi3VConfig.from_pretrained(base, revision=revision).max_position_embeddings
 
 
 def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VForCausalLM | PeftModel:
@@ -133,7 +172,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
     Args:
         name_or_path: hub id or folder.
         options: `precision`, `attention`, `device`, `use_qlora` (the base's weights in NF4), `use_liger`,
-            `torch_compile` and `max_crops_per_call` count.
+            `torch_compile` and `max_crops_per_call` count; of a hub id `revision`.
 
     Raises:
         UserError: see `find_adapter`; weights that are missing, not expected or cannot be read.
@@ -141,13 +180,13 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
     gc.collect()  # what trained before goes in circles, and two models of real size would not fit
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    adapter_base = base_of_adapter(name_or_path)
-    base = adapter_base or str(name_or_path)
-    find_adapter(base)  # also the base must be a checkpoint of this model
+    base, revision = checkpoint_of(name_or_path, options.revision)
+    find_adapter(base, revision)  # also the base must be a checkpoint of this model
     # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
     # training begins, and evaluation before and after is the same for every method.
     unset_hf_deepspeed_config()
     arguments = {"dtype": options.precision.weights, "attn_implementation": options.attention, "use_safetensors": True}
+    arguments["revision"] = revision
     if options.use_qlora:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -167,8 +206,12 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         _keep_gradients_after_evaluation(model)
     else:
         model.to(options.device)
-    if adapter_base is not None:
-        model = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=not options.eval_only)
+    if base != str(name_or_path):
+        hub = {"revision": options.revision, "_raise_exceptions_for_missing_entries": False}
+        if find_file(str(name_or_path), "adapter_model.safetensors", **hub) is None:  # PEFT would take a pickled one
+            raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
+        of_adapter = {"revision": options.revision, "is_trainable": not options.eval_only}
+        model = PeftModel.from_pretrained(model, str(name_or_path), **of_adapter)
     return model
 
 
@@ -237,6 +280,7 @@ def add_adapters(model: Phi3VForCausalLM, options: argparse.Namespace) -> PeftMo
         lora_dropout=options.lora_dropout,
         init_lora_weights="gaussian",
         target_modules="|".join(targets),
+        revision=options.revision,  # with which the base is loaded again
     )
     base = Path(options.model_name_or_path)
     if base.exists():  # an adapter must find its base from any working directory

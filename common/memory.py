@@ -97,7 +97,7 @@ class Weights:
 def count_weights(config: str, method: str, lora_rank: int, stored: int, freezes_vision: bool = False) -> Weights:
     """What a method trains and keeps of the model of a configuration (as JSON), counted on the model itself."""
     options = argparse.Namespace(lora_rank=lora_rank, lora_alpha_ratio=1, lora_dropout=0.0, model_name_or_path="")
-    options.freeze_vision_model = method == "frozen" or freezes_vision
+    options.freeze_vision_model, options.revision = method == "frozen" or freezes_vision, None
     with torch.device("meta"):
         model: nn.Module = Phi3VForCausalLM(Phi3VConfig.from_dict(json.loads(config)))
         in_nf4 = {module.weight for module in model.modules() if type(module) is nn.Linear} - {model.lm_head.weight}

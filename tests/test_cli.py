@@ -50,6 +50,8 @@ OURS = {
     "max_crops_per_call": None,
     "packs": False,
     "torch_compile": False,
+    "report_images": True,
+    "revision": None,
 }
 
 
@@ -188,6 +190,11 @@ WRONG = [
     (
         ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero2_offload.json"),
         "--optim adamw_8bit does not go with",
+    ),
+    (("--revision", "", "--data_dir", "x"), "--revision is given and empty"),
+    (
+        ("--revision", "v1", "--model_name_or_path", "."),
+        "--revision v1 is of a hub id, and . is a folder: leave it out",
     ),
     (("--gradient_checkpointing", "some"), "argument --gradient_checkpointing: invalid choice: 'some'"),
 ]

@@ -8,12 +8,21 @@ import torch
 from peft import PeftModel
 
 from common import loading
+from common.checkpoints import record_of
 from common.cli import Precision
 from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.layers import stacks_of
-from common.loading import check_checkpoint, find_adapter, load_model, load_processor, prepare_for_training
-from common.training import run_vision_without_pictures
+from common.loading import (
+    check_checkpoint,
+    checkpoint_of,
+    find_adapter,
+    load_model,
+    load_processor,
+    longest_sequence,
+    prepare_for_training,
+)
+from common.training import run_vision_without_pictures, write_model
 from tests.model_helpers import loading_options, tiny_model, write_stand_in_checkpoint
 
 
@@ -254,6 +263,53 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         find_adapter("no/such")
     assert "\n" not in str(error.value)
     assert "make demo" in str(error.value)
+
+
+def put_into_hub_cache(cache, repository, commits, main):
+    """Folders as the hub's cache holds a repository: one for each commit, and what its main branch and tag are at."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(main)
+    for number, (commit, folder) in enumerate(commits.items()):
+        shutil.copytree(folder, root / "snapshots" / commit)
+        (root / "refs" / f"v{number}").write_text(commit)
+
+
+def test_pinned_revision(checkpoint, tmp_path, monkeypatch):
+    """Weights and processor are those of the commit, branch or tag; which it was is among the run's options, and an
+    adapter finds the same base again."""
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    model = tiny_model()
+    torch.nn.init.ones_(model.lm_head.weight)
+    model.save_pretrained(other)
+    old, new = "0" * 39 + "1", "0" * 39 + "2"
+    put_into_hub_cache(tmp_path / "cache", "some/model", {old: other, new: checkpoint}, main=new)
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def load(**values):
+        options = loading_options("some/model", **values)
+        check_checkpoint(options)
+        return options, load_model(options.model_name_or_path, options)
+
+    for revision, commit, ones in ((None, new, False), ("main", new, False), ("v0", old, True), (old, old, True)):
+        options, model = load(revision=revision)
+        assert options.revision == commit
+        assert record_of(options)["revision"] == commit
+        assert bool((model.lm_head.weight == 1).all()) is ones
+        load_processor(options)
+        assert longest_sequence(options) == model.config.max_position_embeddings
+    with pytest.raises(UserError, match="some/model could not be fetched from the hub at --revision v7"):
+        load(revision="v7")
+
+    options, model = load(revision="v0", use_lora=True)
+    processor = load_processor(options)
+    write_model(prepare_for_training(model, processor, options), processor, tmp_path / "adapter")
+    assert checkpoint_of(tmp_path / "adapter") == ("some/model", old)
+    again = load_model(tmp_path / "adapter", loading_options(tmp_path / "adapter", eval_only=True, use_lora=True))
+    assert bool((again.base_model.model.lm_head.base_layer.weight == 1).all())
 
 
 def test_checkpoint_with_a_weight_missing(checkpoint, tmp_path):

@@ -46,7 +46,8 @@ def small_config(attention: str = "sdpa", **overrides) -> Phi3VConfig:
 
 def prepare(model, method, which="none"):
     """As common/loading.py does after loading."""
-    options = argparse.Namespace(lora_rank=RANK, lora_alpha_ratio=2, lora_dropout=0.0, model_name_or_path="")
+    options = argparse.Namespace(lora_rank=RANK, lora_alpha_ratio=2, lora_dropout=0.0)
+    options.model_name_or_path, options.revision = "", None
     options.freeze_vision_model = method == "frozen"
     if method in ("lora", "qlora"):
         model = add_adapters(model, options)
@@ -100,7 +101,8 @@ def test_weights_are_those_of_the_real_model(method):
 def test_adapters_beside_a_frozen_image_side_are_those_of_the_real_model():
     """And of its tower nothing is kept for the backward pass."""
     config = small_config()
-    options = argparse.Namespace(lora_rank=RANK, lora_alpha_ratio=2, lora_dropout=0.0, model_name_or_path="")
+    options = argparse.Namespace(lora_rank=RANK, lora_alpha_ratio=2, lora_dropout=0.0)
+    options.model_name_or_path, options.revision = "", None
     options.freeze_vision_model = True
     model = add_adapters(Phi3VForCausalLM(config), options)
     parts = {part.name: part.size for part in estimate(config, setting_of("lora", freeze_vision_model=True))}

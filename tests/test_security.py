@@ -93,6 +93,17 @@ def test_pickled_weights_are_refused(checkpoint, tmp_path):
     assert marker.exists()  # else this test could not fail
 
 
+def test_pickled_adapters_are_refused(checkpoint, tmp_path):
+    marker = tmp_path / "marker"
+    adapter = {"base_model_name_or_path": str(checkpoint), "peft_type": "LORA", "r": 4, "target_modules": ["lm_head"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    torch.save({"evil": Touch(marker)}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"is an adapter without adapter_model\.safetensors"):
+        load_model(tmp_path / "adapter", options_of(checkpoint))
+    assert not marker.exists()
+
+
 def test_every_test_named_exists():
     named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8"))
     assert len(named) > 10

@@ -46,8 +46,8 @@ from common.conversations import (
 )
 from common.data import one_line
 from common.errors import UserError, raise_all, run
-from common.loading import base_of_adapter, load_processor
-from common.phi3v import Phi3VConfig, Phi3VProcessor
+from common.loading import load_processor, longest_sequence
+from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import plan_layout
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"  # the scripts' own
@@ -85,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_name_or_path", help=f"the checkpoint whose tokenizer counts: hub id or folder ({DEFAULT_MODEL})"
     )
+    parser.add_argument("--revision", metavar="COMMIT", help="of a hub id: commit, branch or tag (its main branch)")
     parser.add_argument(
         "--num_workers", type=int, default=os.cpu_count(), help="processes that decode pictures (%(default)s)"
     )
@@ -109,11 +110,11 @@ def load_tokenizer(options: argparse.Namespace) -> tuple[Phi3VProcessor, int] | 
     asked_for = options.model_name_or_path
     if not asked_for:
         print(f"looking for the tokenizer of {DEFAULT_MODEL}", file=sys.stderr, flush=True)
-    wanted = argparse.Namespace(model_name_or_path=asked_for or DEFAULT_MODEL, num_crops=options.num_crops)
+    wanted = argparse.Namespace(
+        model_name_or_path=asked_for or DEFAULT_MODEL, revision=options.revision, num_crops=options.num_crops
+    )
     try:
-        processor = load_processor(wanted)
-        base = base_of_adapter(wanted.model_name_or_path) or wanted.model_name_or_path
-        return processor, Phi3VConfig.from_pretrained(base).max_position_embeddings
+        return load_processor(wanted), longest_sequence(wanted)
     except (OSError, ValueError) as error:
         if not asked_for:
             return None

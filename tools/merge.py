@@ -35,7 +35,7 @@ from common.data import decode_image, one_line
 from common.errors import UserError, raise_all, run
 from common.evaluation import MAX_NEW_TOKENS
 from common.files import INCOMPLETE, sync_to_disk
-from common.loading import base_of_adapter, end_token_ids, find_adapter, load_model, load_processor
+from common.loading import checkpoint_of, end_token_ids, find_adapter, load_model, load_processor
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from tools.predict import how_to_load
 
@@ -66,14 +66,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def check_disk(base: str, dtype: torch.dtype, folder: Path) -> None:
+def check_disk(base: str, revision: str | None, dtype: torch.dtype, folder: Path) -> None:
     """Find out, before any weight is read, whether there is room for all of them.
 
     Raises:
         UserError: with both numbers.
     """
     with torch.device("meta"):
-        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(base))
+        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(base, revision=revision))
     needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -137,7 +137,7 @@ def merge(options: argparse.Namespace, beside: Path) -> list[str]:
     loading = how_to_load(options.adapter)
     dtype = getattr(torch, options.dtype)
     loading.precision = Precision({"bfloat16": "bf16", "float32": "fp32"}[options.dtype], dtype, None)
-    check_disk(base_of_adapter(options.adapter), dtype, options.merged)
+    check_disk(*checkpoint_of(options.adapter), dtype, options.merged)
     processor = load_processor(loading)
     image = decode_image({"path": str(options.image)}, f"--image {options.image}") if options.image else sample_page()
     example = Example("the sample", [Turn(f"<|image_1|>\n{options.question}", images=[image])])

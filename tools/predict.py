@@ -47,7 +47,7 @@ from common.data import decode_image
 from common.errors import UserError, raise_all, run
 from common.evaluation import LOOK_AHEAD, MAX_NEW_TOKENS, generate_answers
 from common.files import read_json
-from common.loading import base_of_adapter, check_checkpoint, find_adapter, load_model, load_processor
+from common.loading import check_checkpoint, checkpoint_of, find_adapter, load_model, load_processor
 from common.phi3v import Phi3VConfig, Phi3VProcessor
 from common.phi3v.stock import find_file
 
@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tools.predict", description="Ask a checkpoint or an adapter.", allow_abbrev=False
     )
     parser.add_argument("--checkpoint", required=True, metavar="NAME", help="folder or hub id, also of an adapter")
+    parser.add_argument("--revision", metavar="COMMIT", help="of a hub id: commit, branch or tag (its main branch)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")
     parser.add_argument("--question", metavar="TEXT", help="what stands after the pictures")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL file; of every line the last turn is asked")
@@ -114,7 +115,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def how_to_load(
-    checkpoint: str, num_crops: int | None = None, bf16: bool = False, use_qlora: bool = False, batch_size: int = 1
+    checkpoint: str,
+    num_crops: int | None = None,
+    bf16: bool = False,
+    use_qlora: bool = False,
+    batch_size: int = 1,
+    revision: str | None = None,
 ) -> argparse.Namespace:
     """The options by which `common.loading` and `generate_answers` take a checkpoint for its answers alone, on the GPU
     where there is one, in the precision of the scripts' `--eval_only`.
@@ -125,22 +131,23 @@ def how_to_load(
     values = {"model_name_or_path": str(checkpoint), "num_crops": num_crops, "bf16": bf16, "use_qlora": use_qlora}
     values |= {"use_lora": False, "eval_only": True, "attention": "sdpa", "max_crops_per_call": None}
     values |= {"use_liger": False, "torch_compile": False, "num_workers": 0, "tqdm": False, "bad_examples": "stop"}
+    values |= {"report_images": False, "revision": revision}
     values |= {"eval_batch_size_per_gpu": batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     options = argparse.Namespace(**values)
     check_checkpoint(options)
     options.precision = choose_precision(options)
     options.device = torch.device(options.device)
-    base = base_of_adapter(checkpoint)
-    if base is not None:
-        find_adapter(base)  # which must be there, too
+    base, its_revision = checkpoint_of(checkpoint, options.revision)
+    find_adapter(base, its_revision)  # the base of an adapter must be there, too
     if num_crops is None:
-        options.num_crops = stored_num_crops(checkpoint) or stored_num_crops(base)
+        options.num_crops = stored_num_crops(checkpoint, options.revision) or stored_num_crops(base, its_revision)
     return options
 
 
-def stored_num_crops(name: str | None) -> int | None:
+def stored_num_crops(name: str, revision: str | None) -> int | None:
     """What a checkpoint's, or an adapter's, own processor says: the number that it was trained with."""
-    file = name and find_file(str(name), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    file = find_file(str(name), "preprocessor_config.json", **hub)
     return (read_json(Path(file)) or {}).get("num_crops") if file else None
 
 
@@ -207,8 +214,8 @@ def count_answered(file: BinaryIO, path: Path, questions: Sequence[Question], ma
 
 def answer_file(options: argparse.Namespace, loading: argparse.Namespace, processor: Phi3VProcessor) -> None:
     """Ask every line of `--data` that `--output` does not hold."""
-    base = base_of_adapter(options.checkpoint) or options.checkpoint
-    limit = Phi3VConfig.from_pretrained(base).max_position_embeddings - options.max_new_tokens
+    base, revision = checkpoint_of(options.checkpoint, loading.revision)
+    limit = Phi3VConfig.from_pretrained(base, revision=revision).max_position_embeddings - options.max_new_tokens
     questions, data = read_questions(options, processor, limit)
     if not questions:
         raise UserError(f"--data {options.data} is empty")
@@ -287,7 +294,12 @@ def main() -> None:
     example = ask(options.image, options.question) if options.data is None else None
     try:
         loading = how_to_load(
-            options.checkpoint, options.num_crops, options.bf16, options.load_in_4bit, options.batch_size
+            options.checkpoint,
+            options.num_crops,
+            options.bf16,
+            options.load_in_4bit,
+            options.batch_size,
+            options.revision,
         )
         processor = load_processor(loading)
         if example is None:

@@ -37,6 +37,7 @@ from transformers.models.phi3 import modeling_phi3
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.utils.hub import cached_file as find_file
+from transformers.utils.hub import extract_commit_hash
 
 
 def register_with_auto_classes(config, base_model, causal_lm, image_processor, processor) -> None:
@@ -104,6 +105,7 @@ __all__ = [
     "ProcessorMixin",
     "create_block_mask",
     "enable_activation_checkpointing",
+    "extract_commit_hash",
     "find_file",
     "find_fused_cross_entropy",
     "modeling_phi3",
