@@ -23,8 +23,9 @@ from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import UserError, is_first_process, raise_all, rank_and_world, say
+from .facts import RUN_FACTS
 from .files import INCOMPLETE
-from .loading import base_of_adapter, load_model, prepare_for_training
+from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, estimated_peak, sizes_on_disk
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
@@ -62,8 +63,8 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     Raises:
         UserError: all problems of all processes, each once, on every process.
     """
-    base = base_of_adapter(options.model_name_or_path) or options.model_name_or_path
-    config = Phi3VConfig.from_pretrained(base)
+    base, revision = checkpoint_of(options.model_name_or_path, options.revision)
+    config = Phi3VConfig.from_pretrained(base, revision=revision)
     facts, shared, longest = ["libraries"], [], Look([])
     own = version_problems(options)  # a process's own problems, beside those that are anybody's
     if dataset is not None:
@@ -89,8 +90,10 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         having = [str(rank) for rank, (_, found) in enumerate(found_by_all) if problem in found]
         where = "" if len(having) == len(found_by_all) else f"process {', '.join(having)}: "
         problems[where + problem] = None
-    if problems and is_first_process() and [file.name for file in files_of_run(options.output_dir)] == [RUN_RECORD]:
-        (options.output_dir / RUN_RECORD).unlink()  # nothing is begun, so other options may be tried
+    begun = files_of_run(options.output_dir)
+    if problems and is_first_process() and {file.name for file in begun} <= {RUN_RECORD, RUN_FACTS}:
+        for file in begun:  # nothing is done, so other options may be tried
+            file.unlink()
     try:
         raise_all(list(problems))
     except UserError as error:

@@ -51,7 +51,7 @@ def options_of(folder, *words):
 
 @functools.cache
 def processor_of_demo():
-    return load_processor(SimpleNamespace(model_name_or_path=str(CHECKPOINT), num_crops=1))
+    return load_processor(SimpleNamespace(model_name_or_path=str(CHECKPOINT), revision=None, num_crops=1))
 
 
 @functools.cache
@@ -116,10 +116,10 @@ def test_all_problems_come_in_one_list(tmp_path, monkeypatch):
 def test_a_run_that_has_not_begun_leaves_no_record(others, tmp_path):
     """Else other options, which the problem may ask for, would be refused as those of another run."""
     options = options_of(tmp_path)
-    for name in ("run.json", "notes.txt", *others):
+    for name in ("run.json", "run_facts.json", "notes.txt", *others):
         (tmp_path / name).touch()
     problem_of(dataset_of(broken=[3]), options)
-    assert (tmp_path / "run.json").exists() == bool(others)
+    assert (tmp_path / "run.json").exists() == (tmp_path / "run_facts.json").exists() == bool(others)
     assert (tmp_path / "notes.txt").exists()
 
 

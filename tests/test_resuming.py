@@ -114,7 +114,12 @@ def wait_for(condition, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+LONG = ("frozen", "qlora")  # of which the pages that are shared and the rows that are packed stay
+
+
+@pytest.mark.parametrize(
+    "configuration", [pytest.param(one, marks=[pytest.mark.long] if one in LONG else []) for one in CONFIGURATIONS]
+)
 def test_killed_run_ends_as_uninterrupted(begin, run, uninterrupted, tmp_path, configuration):
     options, folder = CONFIGURATIONS[configuration], tmp_path / "out"
     expected = Result.of(uninterrupted(*options))
@@ -130,7 +135,7 @@ def test_killed_run_ends_as_uninterrupted(begin, run, uninterrupted, tmp_path, c
     assert checkpoints(folder) == [3, 6]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_signal_saves_the_step(begin, run, uninterrupted, tmp_path, sent):
     """Exit code 143, a checkpoint of the very step that was being taken, none of it lost."""
     options, folder = CONFIGURATIONS["lora"], tmp_path / "out"
@@ -225,7 +230,9 @@ def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupte
     assert read(folder / "run.json")["seed"] == 1
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["in its folder", "in another"])
+@pytest.mark.parametrize(
+    "elsewhere", [pytest.param(False, id="in its folder", marks=pytest.mark.long), pytest.param(True, id="in another")]
+)
 def test_from_a_certain_checkpoint(run, uninterrupted, tmp_path, elsewhere):
     """An older one than the newest."""
     options = CONFIGURATIONS["lora"]
