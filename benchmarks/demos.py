@@ -1,9 +1,9 @@
-"""What `make demo` has measured: gathers the scores of finished demos, and makes the README's table of them.
+"""What `make demo` has measured: gathers the scores of finished demos, and makes the table of docs/demo.md of them.
 
     python -m benchmarks.demos demo_runs
 
 Reads `DIR/<task>/output` and `output_shuffled` of every task, prints the table, and writes
-`benchmarks/results/demos.json`, which the README's table is held to by a test. Run it on the machine of the demos.
+`benchmarks/results/demos.json`, which that table is held to by a test. Run it on the machine of the demos.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measuring import RESULTS, describe_machine, markdown, write_json
 
-# task -> its name in the README, its metric
+# task -> its name in the table, its metric
 TASKS = {
     "docvqa": ("DocVQA", "anls"),
     "hateful_memes": ("Hateful Memes", "accuracy"),
@@ -51,7 +51,7 @@ def gather(folder: Path, task: str) -> dict[str, Any]:
 
 
 def table(demos: dict[str, dict[str, Any]]) -> str:
-    """As the README has it."""
+    """As docs/demo.md has it."""
     names = ("task", "score", "before", "after", "on shuffled pictures", "training", "peak memory of a process")
     rows = []
     for task, found in demos.items():

@@ -7,12 +7,15 @@ there is no CUDA GPU `--use_flash_attention` is left out.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -35,6 +38,8 @@ FILLED_IN = {
     "<epochs>": "1",
     "<output_dir>": "{out}/trained",
     "/path/to/converted_ucf101": "{ucf101}",
+    "/path/to/docvqa_1200_examples": "{docvqa}",
+    "/path/to/Phi-3.5-vision-instruct": str(CHECKPOINT),
 }
 DATA = {
     "docvqa": ("--train_data", "{docvqa}", "--eval_data", "{docvqa}"),
@@ -47,7 +52,7 @@ FULL_DOCVQA = ("--train_data", "{docvqa_full}", "--eval_data", "{docvqa}")
 
 def documents() -> list[Path]:
     """Everything with commands for the reader."""
-    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    return [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def shell_blocks(text: str) -> list[str]:
@@ -150,6 +155,10 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*replaced, "--num_crops", "1", "--max_new_tokens", "4"]
     if module == "tools.report":
         return [*words[:3], "{run}"]
+    if module == "tools.app":
+        small = {"--checkpoint": "{adapter}", "--compare": str(CHECKPOINT)}
+        replaced = [words[0], *(small.get(option, word) for option, word in itertools.pairwise(words))]
+        return [*replaced, "--port", "{port}", "--num_crops", "1", "--max_new_tokens", "4"]
     if module == "tools.merge":
         return [*words[:3], "{adapter}", "{out}/merged", *words[5:]]
     if module == "common.demo" and words[3] == "data":
@@ -158,8 +167,10 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*words, "--out", "{out}/checkpoint", "--scale", "0.001"]
     if module == "tools.plan":
         return words if "--gpu_memory" in words else [*words, "--gpu_memory", "80"]
-    if module == "benchmarks.communication":
+    if module in ("benchmarks.communication", "pytest"):
         return words
+    if module == "benchmarks.render":
+        return [*words, "--output", "{out}/RESULTS.md"]
     if module == "benchmarks.memory":
         return [*words, "--rows", "10", "20", "--out", "{out}/figures.json"]
     if module == "benchmarks.convert":
@@ -168,7 +179,9 @@ def shorten_tool(words: list[str]) -> list[str]:
 
 
 def shorten_recipe(words: list[str]) -> list[str]:
-    """`run` with the row's script shortened; `table --update` on a copy of the README."""
+    """`run` with the row's script shortened; `table --update` on a copy of the README; `--check` as it is."""
+    if "--check" in words:
+        return words
     words = [*words[:3], "--results", "{out}/results", *words[3:]]
     if "run" in words:
         from tools.recipes import find, script_command
@@ -190,16 +203,22 @@ def fill_in(words: list[str], places: dict[str, Path | str]) -> list[str]:
     return [re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), word) for word in words]
 
 
-def start(
-    words: list[str], timeout: int = 1200, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """Run a command from the repository's folder; its output as text, both streams together."""
+def as_processes(words: list[str], environment: dict[str, str] | None) -> tuple[list[str], dict[str, str]]:
+    """The words with this Python in the place of the programs, and the environment to start them in."""
     programs = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "python": [sys.executable]}
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     for name in () if environment else ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         inherited.pop(name, None)
+    return [*programs.get(words[0], [words[0]]), *words[1:]], inherited
+
+
+def start(
+    words: list[str], timeout: int = 1200, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run a command from the repository's folder; its output as text, both streams together."""
+    command, inherited = as_processes(words, environment)
     return subprocess.run(
-        [*programs.get(words[0], [words[0]]), *words[1:]],
+        command,
         cwd=REPOSITORY,
         env=inherited,
         stdin=subprocess.DEVNULL,
@@ -209,3 +228,32 @@ def start(
         timeout=timeout,
         check=False,
     )
+
+
+def serve(words: list[str], log: Path, timeout: int = 600) -> str:
+    """Start a command that serves a page and does not end, wait until the page is there, and end it.
+
+    Args:
+        words: with `--port` and a number.
+        log: where what it prints goes.
+
+    Returns:
+        The page.
+    """
+    command, inherited = as_processes(words, None)
+    address = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env=inherited, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        ) as server,
+    ):
+        try:
+            for _ in range(timeout):
+                assert server.poll() is None, f"it has ended with code {server.returncode}: {log.read_text()[-3000:]}"
+                with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as page:
+                    return page.read().decode()
+                time.sleep(1)
+            raise AssertionError(f"no page at {address} in {timeout} s: {log.read_text()[-3000:]}")
+        finally:
+            server.terminate()

@@ -20,7 +20,7 @@ from tests.launch import free_port, read_evaluation, read_log
 
 SLURM = REPOSITORY / "launch" / "slurm.sbatch"
 AZURE = REPOSITORY / "launch" / "azureml.yml"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README, PAGE = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/azure.md"))
 
 
 def job():
@@ -80,8 +80,8 @@ def test_slurm_without_a_script(tmp_path):
     assert ended.stderr == "usage: sbatch launch/slurm.sbatch SCRIPT [OPTIONS]\n"
 
 
-def test_readme_names_the_files_as_they_are_used():
-    lines = shell_lines(README)
+def test_the_page_names_the_files_as_they_are_used():
+    lines = shell_lines(PAGE)
     azure = next(shlex.split(line.replace("<cluster>", "c")) for line in lines if line.startswith("az "))
     assert (REPOSITORY / azure[azure.index("--file") + 1]) == AZURE
     for setting in (azure[place + 1] for place, word in enumerate(azure) if word == "--set"):
@@ -167,7 +167,7 @@ sys.exit(max(node.wait() for node in nodes))
 
 @pytest.mark.long
 def test_slurm_batch_file_on_two_nodes(tmp_path, output):
-    """The README's sbatch command: the file runs once, srun starts its torchrun on both nodes."""
+    """The sbatch command of docs/azure.md: the file runs once, srun starts its torchrun on both nodes."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
     stand_ins = {
@@ -177,7 +177,7 @@ def test_slurm_batch_file_on_two_nodes(tmp_path, output):
     for name, text in stand_ins.items():
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
-    line = next(line for line in shell_lines(README) if line.startswith("sbatch "))
+    line = next(line for line in shell_lines(PAGE) if line.startswith("sbatch "))
     words = [word for word in shlex.split(line.replace("<output_dir>", str(output))) if word != "--use_flash_attention"]
     script = words[words.index(f"launch/{SLURM.name}") + 1 :]
     variables = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(free_port())}

@@ -1,10 +1,12 @@
-"""What the README and `docs/` say can be run, runs; what they name, exists.
+"""What the README, `docs/` and CONTRIBUTING.md say can be run, runs; what they name, exists.
 
 Every torchrun, python and make command is taken from the text and run, shortened as `tests/commands.py` says; commands
 that are the same once shortened run once. `make test` and `make test-all` would run these tests again: of them make
 only says what it would do.
 """
 
+import ast
+import dataclasses
 import importlib
 import itertools
 import json
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,9 @@ from common.cli import make_parser
 from common.conversations import load_conversations
 from common.demo import CHECKPOINT
 from common.errors import UserError
-from tests import small_data
+from common.memory import Setting
+from common.phi3v.image_processing import CROP, plan_layout
+from tests import small_data, test_parity
 from tests.commands import (
     EVALUATED,
     REPOSITORY,
@@ -37,6 +42,7 @@ from tests.commands import (
     documents,
     fill_in,
     scripts_to_be_made,
+    serve,
     shell_lines,
     shorten,
     start,
@@ -44,6 +50,7 @@ from tests.commands import (
 from tests.launch import read_evaluation, run_script
 from tests.report_runs import write_run
 from tests.test_merge import save_adapter
+from tools import plan
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
@@ -54,12 +61,15 @@ WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/
 WRITTEN_BY_RUNS |= {"adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json"}
 WRITTEN_BY_RUNS |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 WRITTEN_BY_RUNS |= {f"ucf101_{split}.jsonl" for split in ("train", "val", "test")}
+WRITTEN_BY_RUNS |= {"eval_only.json", "model.safetensors.index.json"}
+OF_THE_OFFICIAL_CODE = {"modeling_phi3_v.py"}
 OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
     *("--no-build-isolation", "--index-url", "--nproc_per_node", "--nnodes", "--nodes", "--master_addr"),
     *("--master_port", "--node_rank", "--file", "--set", "--help", "--max_restarts"),
     # vLLM's and SGLang's
     *("--trust-remote-code", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs", "--quantization"),
     "--model-path",
+    *("--repo-type", "--local-dir"),  # hf's
 }
 
 
@@ -125,29 +135,102 @@ def test_commands_on_a_script_to_be_made_have_a_test():
 def test_every_file_named_exists():
     named = re.findall(r"`([\w./-]+(?:\.py|\.json|\.jsonl|\.txt|\.yml|\.sbatch|/))`", ALL)
     assert len(named) > 20
-    missing = [name for name in set(named) - WRITTEN_BY_RUNS if not (REPOSITORY / name).exists()]
+    missing = [name for name in set(named) - WRITTEN_BY_RUNS - OF_THE_OFFICIAL_CODE if not (REPOSITORY / name).exists()]
     assert missing == []
 
 
 def test_every_link_within_the_repository_leads_somewhere():
-    for name, text in TEXTS.items():
-        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if link.startswith("#"):
-                assert link[1:] in anchors, f"{name}: {link}"
-            elif not link.startswith("https://"):
-                assert ((REPOSITORY / name).parent / link).exists() or (REPOSITORY / "docs" / link).exists(), link
+    for path in documents():
+        for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[path.name]):
+            if not link.startswith("https://"):
+                file, _, anchor = link.partition("#")
+                target = path.parent / file if file else path
+                assert target.exists(), f"{path.name}: {link}"
+                assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path.name}: {link}"
+
+
+def anchors(text):
+    """Of a document's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_listed():
+    listed = re.findall(r"\]\((docs/[\w.]+)\)", TEXTS["README.md"].partition("## Documentation\n")[2])
+    assert set(listed) == {f"docs/{path.name}" for path in documents() if path.parent.name == "docs"}
+
+
+def test_the_first_command_is_on_the_first_screen():
+    first = "\n".join(TEXTS["README.md"].splitlines()[:25])
+    assert {"make demo", "torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py"} <= set(commands(first + "\n```"))
+
+
+def test_every_function_and_test_named_exists():
+    """`file.py::name`, a function, class or test."""
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", ALL)
+    assert len(named) > 80
+    for file, name in set(named):
+        body = ast.parse((REPOSITORY / file).read_text(encoding="utf-8")).body
+        assert name in {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}, file
+
+
+def test_a_page_in_numbers():
+    """The picture that docs/how_it_works.md follows through the code."""
+    text = TEXTS["how_it_works.md"]
+    width, height = map(int, re.search(r"A page of (\d+) x (\d+) pixels", text).groups())
+    layout = plan_layout(width, height, int(re.search(r"at `--num_crops (\d+)`", text)[1]))
+    rows, columns = layout.padded_height // CROP, layout.padded_width // CROP
+    assert f"`pixel_values` ({layout.num_crops}, 3, {CROP}, {CROP})" in text
+    assert f"then {rows} x {columns} sub-images" in text
+    assert f"{layout.num_img_tokens:,} times the id of" in text
+    sum_in_words = f"{layout.num_crops} x 144 + ({rows} + 1) x 12 + 1 = {layout.num_img_tokens:,}"
+    assert sum_in_words in " ".join(text.split())
+
+
+def test_tolerances_of_the_model_s_page():
+    limits = {
+        "pixels": test_parity.PIXELS,
+        "loss": test_parity.LOSS,
+        "losses of ten AdamW steps": test_parity.ADAMW_LOSS,
+    }
+    limits |= {"logits, of order 1 to 5, also past 4,096 positions": test_parity.LOGITS}
+    for what, limit in limits.items():
+        digits, _, exponent = f"{limit:.0e}".partition("e")
+        assert f"| {what} | {digits}e{int(exponent)} |" in TEXTS["model.md"]
+    assert test_parity.GRADIENT_NORM == 1e-5
+    assert "| norm of every weight's gradient | 1e-5, relative |" in TEXTS["model.md"]
+
+
+def test_the_memory_page_has_what_is_estimated(capsys):
+    """Every row of its table is what `tools.plan` proposes for the row's cards, method and data type."""
+    rows = re.findall(
+        r"^\| (\d+) GB \| (\d+) \| (full|frozen|lora|qlora) \| (bf16|fp16) \| (.+) \| (.+) \|$",
+        TEXTS["memory.md"],
+        flags=re.MULTILINE,
+    )
+    assert len(rows) > 8
+    for size, gpus, method, precision, proposed, needed in rows:
+        words = ["--gpu_memory", size, "--gpus", gpus, "--method", method, *(["--bf16"] if precision == "bf16" else [])]
+        code = plan.main(words)
+        shown = capsys.readouterr().out
+        if proposed.startswith("nothing fits"):
+            assert code == 1
+            lacking = re.search(r"lacks ([\d.]+) GB", shown)[1]
+            assert proposed == f"nothing fits, {lacking} GB are lacking"
+        else:
+            assert shown.startswith(f"fastest that fits {size} GB: {proposed.strip('`')}\n"), words
+        assert needed == re.search(r"^needed +([\d.]+) GB", shown, flags=re.MULTILINE)[1], words
 
 
 def test_the_demos_figures_are_those_measured():
     measured = json.loads((RESULTS / "demos.json").read_text())["demos"]
     assert set(measured) == set(demos.TASKS) == set(demo.WRITERS)
-    assert demos.table(measured) in TEXTS["README.md"]
+    assert demos.table(measured) in TEXTS["demo.md"]
 
 
 def test_every_option_named_exists():
     known = {option for action in make_parser("")._actions for option in action.option_strings} | OTHERS_OPTIONS
+    known |= {f"--{field.name}" for field in dataclasses.fields(Setting)}  # which tools.plan takes
     for folder in (".", "tools", "benchmarks", "common"):
         for path in REPOSITORY.glob(f"{folder}/*.py"):
             known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
@@ -223,8 +306,8 @@ def small(tmp_path_factory):
 
 
 def test_converted_tree_is_the_one_shown(small):
-    """The README's tree: its folders and files, and image names of its form."""
-    shown = re.search(r"```\n/path/to/converted_ucf101\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)[1]
+    """The tree of docs/data.md: its folders and files, and image names of its form."""
+    shown = re.search(r"```\n/path/to/converted_ucf101\n(.*?)```", TEXTS["data.md"], flags=re.DOTALL)[1]
     names = re.findall(r"─ (\S+)$", shown, flags=re.MULTILINE)
     for name in names:
         if name.endswith(".jsonl") or name == "images":
@@ -248,7 +331,7 @@ def test_quick_command(command, tmp_path):
     assert ended.returncode == 0, ended.stdout
     if "--update" in command:
         assert (tmp_path / "README.md").stat().st_size > 0
-    else:
+    elif "--check" not in command:
         assert "NLVR2-full" in ended.stdout or "torchrun" in ended.stdout
 
 
@@ -256,7 +339,12 @@ def test_quick_command(command, tmp_path):
 @pytest.mark.parametrize("words", run_once())
 def test_command(words, small, tmp_path):
     """Exit code 0, and the evaluation after training is there."""
-    ended = start(fill_in(words, {**small, "out": tmp_path}))
+    words = fill_in(words, {**small, "out": tmp_path})
+    if "tools.app" in words:
+        pytest.importorskip("gradio")
+        assert "gradio" in serve(words, tmp_path / "app.log")
+        return
+    ended = start(words)
     assert ended.returncode == 0, ended.stdout[-3000:]
     if "--max_steps" in words:
         assert read_evaluation(tmp_path / "trained", "eval_after")["num_examples"] == EVALUATED
@@ -290,8 +378,11 @@ def test_make(command, tmp_path):
         "python": f"""case "$*" in
   "-m common.demo data "*) exec {sys.executable} "$@" --train_pages 64 ;;
   finetune_*) exec {sys.executable} "$@" {shorter} ;;
+  "-m tests.faults.harness "*) exec {sys.executable} "$@" --seeds 1 --bad_inputs 0 ;;
+  "-m benchmarks.cpu") exec {sys.executable} "$@" --size tiny --rounds 1 --page_width 340 ;;
   *) exec {sys.executable} "$@" ;;
 esac""",
+        "ruff": f'exec {sys.executable} -m ruff "$@"',
     }
     for name, body in wrappers.items():
         (binaries / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -309,6 +400,10 @@ esac""",
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-3000:]
+    if "bench" in command:
+        assert "ratio_evaluate" in (copy / "benchmarks" / "results" / "cpu.json").read_text()
+    if "soak" in command:
+        assert "faults 1 recovered 1 bad inputs 0 clear 0" in ended.stdout, ended.stdout[-3000:]
     if "demo" in command:
         assert list(copy.rglob("eval_after.json")), ended.stdout[-3000:]
 
@@ -324,25 +419,46 @@ def test_flash_attention_without_a_gpu(script, monkeypatch):
         importlib.import_module(script).parse()
 
 
-@pytest.mark.long
-def test_python_blocks(small, tmp_path):
-    """The README's Python, from top to bottom, on what a LoRA run and a full run leave; the question is answered."""
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """A folder with what a full run and a LoRA run leave, named as the documents name them."""
+    folder = tmp_path_factory.mktemp("runs")
     options = ("--model_name_or_path", CHECKPOINT, "--data_dir", small["docvqa"], "--max_steps", 1, "--num_crops", 1)
+    options += ("--save_steps", 1, "--eval_steps", 1, "--eval_limit", EVALUATED, "--report_to", "tensorboard")
     for name, extra in (("output", ()), ("output_lora", ("--use_lora", "--lora_rank", 4))):
         ended = run_script(
-            "finetune_hf_trainer_docvqa.py", *options, "--output_dir", tmp_path / name, *extra, processes=0
+            "finetune_hf_trainer_docvqa.py", *options, "--output_dir", folder / name, *extra, processes=0
         )
         assert ended.returncode == 0, ended.stdout[-3000:]
-    blocks = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
+    return folder
+
+
+@pytest.mark.long
+def test_python_blocks(runs, tmp_path):
+    """The Python of docs/serving.md, from top to bottom, on what the runs leave; the question is answered."""
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS["serving.md"], flags=re.DOTALL)
     assert len(blocks) == 3
+    assert "```python" not in "".join(text for name, text in TEXTS.items() if name != "serving.md")
     Image.new("RGB", (336, 336), "white").save(tmp_path / "page.png")
     names = {}
     for block in blocks:
         block = block.replace("microsoft/Phi-3.5-vision-instruct", str(CHECKPOINT))
-        block = re.sub(r'"(output\w*|page\.png)"', lambda found: repr(str(tmp_path / found[1])), block)
-        exec(block, names)  # the README's own text
+        block = block.replace('"page.png"', repr(str(tmp_path / "page.png")))
+        block = re.sub(r'"(output\w*)"', lambda found: repr(str(runs / found[1])), block)
+        exec(block, names)  # the page's own text
         assert names["model"].num_parameters() > 0
         assert names["processor"].image_processor.num_crops == 1
     prompt = names["inputs"]["input_ids"]
     assert torch.equal(names["generated"][:, : prompt.shape[1]], prompt)
     assert names["generated"].shape[1] > prompt.shape[1]
+
+
+@pytest.mark.long
+def test_files_of_a_run_are_listed(runs):
+    """Every file that the runs leave is in the README's list, and all of the list is there, but for other runs'."""
+    listing = re.search(r"<!-- listing -->(.*?)<!-- /listing -->", TEXTS["README.md"], flags=re.DOTALL)[1]
+    patterns = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", listing, flags=re.MULTILINE)))
+    files = [str(path.relative_to(run)) for run in runs.iterdir() for path in run.rglob("*") if path.is_file()]
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)] == []
+    of_others = {"eval_only.json", "confusion_*.png", "model.safetensors.index.json", "bad_examples.jsonl"}
+    assert {one for one in patterns if not any(fnmatch(file, one) for file in files)} == of_others

@@ -39,6 +39,7 @@ from tests.model_helpers import (
     tiny_config,
     write_stand_in_checkpoint,
 )
+from tests.test_merge import save_adapter
 
 ABSENT = "(absent)"
 NUM_CROPS = 7  # as trained; published are 4 and 16
@@ -282,15 +283,16 @@ def test_peft_loads_the_adapter(source: Path, adapter: Path, no_remote_code: Non
 
 
 def test_python_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Run as it stands, with the built-in checkpoint in the place of the reader's."""
+    """Run as it stands, with the built-in checkpoint in the place of the reader's and of the base."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "serving.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     (tmp_path / "output").symlink_to(CHECKPOINT)
+    save_adapter(tmp_path / "output_lora")
     picture(336, 336, 1).save(tmp_path / "page.png")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(block, names)
+        exec(block.replace(OFFICIAL_REPOSITORY, str(CHECKPOINT)), names)
     assert capsys.readouterr().out.strip()
     assert type(names["model"]).__name__ == "Phi3VForCausalLM"
     assert any(type(module).__name__ == "Linear4bit" for module in names["model"].modules())
