@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from PIL import Image
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
@@ -98,7 +99,8 @@ def mini_rows(folder, cells, **columns):
 def options_for(**values):
     options = {"share_images": False, "all_questions": False, "max_tokens_per_gpu": None, "batch_size_per_gpu": 1}
     options |= {"batch_size": 8, "seed": 0, "num_train_epochs": 1, "max_steps": None, "num_workers": 0}
-    options |= {"attention": "sdpa", "device": "cpu", "bad_examples": "skip", **values}
+    options |= {"attention": "sdpa", "device": "cpu", "bad_examples": "skip", "report_images": False}
+    options |= values
     packs = options["share_images"] or options["max_tokens_per_gpu"] is not None
     return argparse.Namespace(**options, packs=packs)
 
@@ -152,17 +154,28 @@ def test_bad_picture_in_a_file(tmp_path, processor, kind):
     [
         ({"answers": [[" \n\t"], ["a"]]}, "row 0: the answer is empty"),
         ({"answers": [[None], ["a"]]}, "row 0: the answer is NoneType, not a text"),
-        ({"answers": [[], ["a"]]}, r"example 0 cannot be made .*IndexError.*finetune_hf_trainer_docvqa.py, line \d+"),
+        ({"answers": [[], ["a"]]}, "row 0: the answer is empty"),
         ({"answers": [["<|image|>"], ["a"]]}, r"row 0: the answer holds <\|image\|>"),
         ({"query": [{"en": "is <|image|> it?"}, {"en": "q"}]}, r"row 0: the question holds <\|image\|>"),
         ({"query": [{"en": "<|image_2|>?"}, {"en": "q"}]}, "row 0: the prompt has 2 image tags .* and 1 images"),
-        ({"query": [None, {"en": "q"}]}, "example 0 cannot be made .*TypeError"),
+        ({"query": [None, {"en": "q"}]}, "row 0: there is no question"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_bad_text(tmp_path, processor, columns, wanted):
     rows = mini_rows(tmp_path, [encoded_as("PNG")] * 2, **columns)
     check_both_ways(docvqa.training_set(rows, processor, options_for()), wanted)
+
+
+def test_an_error_in_a_script_s_own_lines(processor):
+    """What a user's edit raises is told with its line; the run that skips goes on."""
+
+    def make_example(index, generator):
+        texts = {1: "yes"}
+        return Example(f"row {index}", [Turn("<|image_1|>", texts[index], [Image.new("RGB", (30, 20))])])
+
+    wanted = r"example 0 cannot be made .*KeyError: 0 \(test_bad_examples.py, line \d+: return .*texts\[index\]"
+    check_both_ways(ExampleDataset(2, make_example, processor), wanted)
 
 
 def test_longer_than_the_model_s_limit(tmp_path, processor):
