@@ -1,0 +1,254 @@
+"""The page in a browser: what a person drops, writes, presses and reads, two at once too.
+
+Debian's and Ubuntu's package `chromium` is enough: Playwright drives the installed browser and fetches none.
+"""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from common.collation import Turn
+from common.demo import CHECKPOINT
+from tests.launch import free_port, start_logged
+from tests.model_helpers import picture
+from tests.report_runs import HOSTILE, document_examples, write_documents
+from tests.test_predict import full_model, reference, save_adapter
+from tools import predict
+
+pytestmark = pytest.mark.long
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WAIT = 60_000  # milliseconds, for a busy machine
+TOKENS = 12
+ADAPTED, BASE = 0, 1  # the answers' places
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (`apt-get install chromium`)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=WAIT)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three pictures, and files that are none."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in (1, 2, 3):
+        picture(336, 336, number).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    (folder / "letter.txt").write_text("Dear Sir or Madam")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter, with two evaluations of eleven questions beside it, one of which is of hostile texts."""
+    folder = save_adapter(tmp_path_factory.mktemp("adapter"))
+    examples = document_examples(folder, 11)
+    examples[10] |= {"id": HOSTILE, "question": HOSTILE, "answers": [HOSTILE]}
+    right = [one["answers"][0] for one in examples]
+    write_documents(folder, "before", examples, ["nothing here"] * 11)
+    write_documents(folder, "after", examples, [*right[:6], *["no idea"] * 4, HOSTILE])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(adapter, tmp_path_factory):
+    """Of the page as its command serves it, adapter and base side by side."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "tools.app", "--checkpoint", adapter, "--compare", CHECKPOINT, "--port", port]
+    started = start_logged([*command, "--num_crops", 1, "--max_new_tokens", TOKENS], log, {**os.environ})
+    until = time.monotonic() + 240
+    while "the page is at" not in log.read_text() and started.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    found = re.search(r"the page is at (http://127\.0\.0\.1:\d+)", log.read_text())
+    assert found, log.read_text()
+    yield found[1]
+    assert started.poll() is None, log.read_text()
+    os.killpg(started.pid, signal.SIGINT)
+    started.wait(60)
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def visit(chromium, address):
+    """Open the page; at the end nothing may have gone wrong in it, and nothing been asked of another host."""
+    opened, complaints = [], []
+
+    def open_page(**settings):
+        context = chromium.new_context(viewport={"width": 1400, "height": 1000}, **settings)
+        context.set_default_timeout(WAIT)
+        tab = context.new_page()
+        tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda request: elsewhere(request.url) and complaints.append(f"asked for {request.url}"))
+        opened.append(context)
+        tab.goto(address)
+        tab.get_by_role("button", name="Ask").wait_for()
+        return tab
+
+    def elsewhere(url):
+        return not url.startswith((address, "data:", "blob:"))
+
+    yield open_page
+    for context in opened:
+        context.close()
+    assert [one for one in complaints if not one.startswith("warning: Method not implemented.")] == []  # Gradio's own
+
+
+@pytest.fixture(scope="module")
+def wanted(adapter, folder):
+    """Both answers about some pictures, made without the page."""
+    models = [predict.load_model(adapter, predict.how_to_load(adapter)).eval(), full_model()]
+
+    def answers(question, *numbers):
+        turn = [Turn(question, images=[Image.open(folder / f"{number}.png") for number in numbers])]
+        return [reference(model, turn, TOKENS) for model in models]
+
+    return answers
+
+
+def drop(tab, *files: Path):
+    tab.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+
+
+def ask(tab, question):
+    tab.get_by_label("Question", exact=True).fill(question)
+    tab.get_by_role("button", name="Ask").click()
+
+
+def answers(tab):
+    """Both, when they are whole."""
+    tab.get_by_text(re.compile(r"tokens.*, \d+\.\d s")).wait_for()
+    return [box.input_value() for box in answer_boxes(tab)]
+
+
+def answer_boxes(tab):
+    return [tab.locator("textarea[disabled]").nth(number) for number in (ADAPTED, BASE)]
+
+
+def test_pictures_question_and_both_answers(visit, folder, wanted):
+    tab = visit()
+    drop(tab, folder / "1.png", folder / "2.png")
+    tab.get_by_text("626 of the pictures").wait_for()  # 313 tokens each
+    tab.locator(".views svg").nth(1).wait_for()
+    assert "1 × 1 sub-images and the global view, 313 tokens" in tab.locator("figcaption").nth(1).inner_text()
+    assert all(tab.evaluate("[...document.querySelectorAll('.views img')].map(image => image.naturalWidth === 336)"))
+    ask(tab, "What is it?")
+    found = answers(tab)
+    assert found == wanted("What is it?", 1, 2)
+    assert found[ADAPTED] != found[BASE]
+
+
+def test_the_answer_grows(visit, folder, wanted):
+    """What is seen on the way is a beginning of the answer."""
+    tab = visit()
+    drop(tab, folder / "3.png")
+    tab.locator(".views svg").wait_for()
+    tab.evaluate(
+        "window.seen = new Set(); setInterval(() => window.seen.add("
+        "document.querySelectorAll('textarea[disabled]')[0].value), 5)"
+    )
+    ask(tab, "What is it?")
+    whole = answers(tab)[ADAPTED]
+    seen = sorted(tab.evaluate("[...window.seen]"), key=len)
+    assert whole == wanted("What is it?", 3)[ADAPTED]
+    assert len(seen) > 2
+    assert all(whole.startswith(text) for text in seen), (seen, whole)
+
+
+def test_a_wrong_file(visit, folder, wanted):
+    """Is named, beside what is to be done; the page goes on."""
+    tab = visit()
+    drop(tab, folder / "1.png", folder / "broken.png", folder / "letter.txt")
+    for name in ("broken.png", "letter.txt"):
+        tab.locator(".drawings .problem", has_text=name).wait_for()
+    ask(tab, "What is it?")
+    told = tab.locator(".problem", has_text="Remove it, or drop it as a whole PNG or JPEG file").last
+    told.wait_for()
+    assert [box.input_value() for box in answer_boxes(tab)] == ["", ""]
+    tab.get_by_role("button", name="Clear", exact=True).first.click()
+    tab.locator(".drawings").wait_for(state="detached")
+    drop(tab, folder / "1.png")
+    tab.get_by_text("313 of the pictures").wait_for()
+    ask(tab, "What is it?")
+    assert answers(tab) == wanted("What is it?", 1)
+
+
+def test_no_question(visit):
+    tab = visit()
+    tab.get_by_role("button", name="Ask").click()
+    tab.get_by_text("There is no question yet: write one.").wait_for()
+
+
+def test_two_at_once(visit, folder, wanted):
+    """Each gets the answers to what they asked, also while the adapter is switched off for the other."""
+    tabs = [visit(), visit()]
+    for number, tab in enumerate(tabs, start=1):
+        drop(tab, folder / f"{number}.png")
+        tab.get_by_text("313 of the pictures").wait_for()
+    for _ in range(2):
+        for number, tab in enumerate(tabs, start=1):
+            ask(tab, f"What is it, {number}?")
+        for number, tab in enumerate(tabs, start=1):
+            assert answers(tab) == wanted(f"What is it, {number}?", number)
+            tab.get_by_label("Question", exact=True).fill("")
+
+
+def test_an_example_is_asked_again(visit, adapter):
+    tab = visit()
+    tab.get_by_text("test_3", exact=True).click()
+    tab.get_by_text("Example test_3").wait_for()
+    assert tab.locator(".example dd").all_inner_texts() == ["1003 / 1003.00", "nothing here", "1003"]
+    assert tab.get_by_label("Question", exact=True).input_value() == "What is total 3?\nAnswer briefly."
+    tab.locator(".views svg").wait_for()
+    tab.get_by_role("button", name="Ask").click()
+    shown = answers(tab)
+    image = Image.open(next(iter(sorted((adapter / "report_images").iterdir()))))
+    assert image.size[0] > 100
+    assert len(shown[BASE]) > 0
+
+
+def test_examples_by_group_and_words(visit):
+    tab = visit()
+    tab.get_by_text("11 examples").wait_for()
+    tab.get_by_label(re.compile(r"still wrong \(4\)")).check()
+    tab.get_by_text("4 examples").wait_for()
+    tab.get_by_label("Search").fill("total 8")
+    tab.get_by_text("1 examples").wait_for()
+    assert tab.locator("td", has_text="test_8").count() == 1
+    assert tab.locator("td", has_text="test_7").count() == 0
+
+
+def test_hostile_texts_stay_texts(visit):
+    tab = visit()
+    tab.get_by_label("Search").fill("<script>")
+    tab.get_by_text("1 examples").wait_for()
+    tab.locator("td", has_text="<script>").first.click()
+    tab.locator(".example", has_text="<script>").wait_for()
+    ask(tab, "<b>bold</b> ${7*7}")
+    answers(tab)
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator(".example script, .example img").count() == 0
+
+
+def test_on_a_phone_and_in_the_dark(visit, folder):
+    """Nothing is wider than the screen."""
+    tab = visit(color_scheme="dark", is_mobile=True, has_touch=True)
+    tab.set_viewport_size({"width": 400, "height": 800})
+    drop(tab, folder / "1.png")
+    tab.locator(".views svg").wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
