@@ -338,7 +338,7 @@ def draw_picture(processor: Phi3VProcessor, picture: Image.Image, title: str, si
     left, top = (width - inner_width) // 2, (height - inner_height) // 2
     padding = f"M0 0H{width}V{height}H0ZM{left} {top}h{inner_width}v{inner_height}h-{inner_width}Z"
     numbers = Markup("").join(
-        Markup('<text x="{}" y="{}">{}</text>').format(column * CROP + 14, row * CROP + 44, row * columns + column + 1)
+        Markup('<text x="{}" y="{}">{}</text>').format(column * CROP + 10, row * CROP + 32, row * columns + column + 1)
         for row in range(rows)
         for column in range(columns)
     )
@@ -543,19 +543,19 @@ class Page:
     def build(self) -> Any:
         """The page as Gradio has it."""
         first = self.sides[0]
-        facts = [f"at most {first.processor.image_processor.num_crops} sub-images", first.loading.precision.name]
+        facts = [f"num_crops {first.processor.image_processor.num_crops}", first.loading.precision.name]
         facts += [str(first.loading.device)]
         with gradio.Blocks(title=f"Try {first.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gradio.HTML(Markup("<h1>{}</h1>").format(first.name) + in_words(" · ".join(facts)))
             with gradio.Row():
                 with gradio.Column(scale=2, min_width=320):
                     files = gradio.File(label="Pictures", file_count="multiple", allow_reordering=True, height=200)
-                    question = gradio.Textbox(label="Question", lines=3, placeholder="What stands after the pictures")
+                    question = gradio.Textbox(label="Question", lines=3, placeholder="What is the date?")
                     tokens = gradio.HTML(self.count(None, ""))
                     with gradio.Row():
-                        ask = gradio.Button("Ask", variant="primary")
-                        stop = gradio.Button("Stop")
-                        clear = gradio.ClearButton([files, question])
+                        ask = gradio.Button("Ask", variant="primary", min_width=80)
+                        stop = gradio.Button("Stop", min_width=80)
+                        clear = gradio.ClearButton([files, question], min_width=80)
                 with gradio.Column(scale=3, min_width=320):
                     with gradio.Row():
                         answers = [self._answer_box(side) for side in self.sides]
@@ -571,7 +571,7 @@ class Page:
         return page
 
     def _answer_box(self, side: Side) -> Any:
-        name = f"{side.name}, the base without the adapter" if side.adapter_off else side.name
+        name = f"{side.name}, adapter off" if side.adapter_off else side.name
         return gradio.Textbox(label=name, lines=6, interactive=False, buttons=["copy"], min_width=240)
 
     def _build_examples(self, outputs: list[Any]) -> None:
@@ -591,7 +591,7 @@ class Page:
 
 
 CSS = """
-.soft { color: var(--body-text-color-subdued); }
+.soft { opacity: 0.75; }
 .problem { color: var(--error-text-color, #b91c1c); white-space: pre-line; }
 .drawings { display: flex; flex-wrap: wrap; gap: 24px; }
 .drawings figure { flex: 1 1 420px; max-width: 900px; margin: 0; }
@@ -601,7 +601,7 @@ CSS = """
 .views img { width: 100%; height: auto; border: 1px solid var(--border-color-primary); }
 .views .cuts { fill: none; stroke: #e11d48; stroke-width: 4; }
 .views .padding { fill: #64748b; fill-opacity: 0.45; fill-rule: evenodd; }
-.views text { font: 600 34px system-ui, sans-serif; fill: #e11d48; stroke: #fff; stroke-width: 6; paint-order: stroke; }
+.views text { font: 600 28px system-ui, sans-serif; fill: #e11d48; stroke: #fff; stroke-width: 6; paint-order: stroke; }
 .example dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 4px 0; }
 .example dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
