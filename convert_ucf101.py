@@ -161,7 +161,7 @@ def read_frames(path: Path, num_frames: int, count: int | None = None) -> list[I
         for fed, packet in enumerate(packets, start=1):
             for frame in packet.decode():
                 if decoded in indices:
-                    images[decoded] = frame.to_image()
+                    images[decoded] = Image.fromarray(frame.to_ndarray(format="rgb24"))  # faster than `to_image`
                 decoded += 1
             delay = int(stream.codec_context.has_b_frames)  # the decoder holds one frame back
             if trusted and decoded > indices[-1] and fed - decoded == delay:

@@ -3,6 +3,7 @@
 Debian's and Ubuntu's package `chromium` is enough: Playwright drives the installed browser and fetches none.
 """
 
+import json
 import os
 import re
 import shutil
@@ -26,8 +27,20 @@ pytestmark = pytest.mark.long
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAIT = 60_000  # milliseconds, for a busy machine
-TOKENS = 12
+TOKENS = 300  # without a picture the adapter's answer takes over a hundred
 ADAPTED, BASE = 0, 1  # the answers' places
+NAMED = "<img src=x onerror=hacked=1>.png"
+TEXT = HOSTILE + " ${7*7} {{7*7}}"  # what Gradio's own templates would fill in
+# the command, which also tells whom the server reaches for
+WATCHED = """
+import runpy, sys
+def watch(event, arguments):
+    host = arguments[0] if event == "socket.getaddrinfo" else arguments[1][0] if event == "socket.connect" else None
+    if host not in (None, "127.0.0.1", "localhost"):
+        print("reached for", host, flush=True)
+sys.addaudithook(watch)
+runpy.run_module("tools.app", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +57,12 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three pictures, and files that are none."""
+    """Three pictures, one of them under a hostile name too, and files that are none."""
     folder = tmp_path_factory.mktemp("images")
     for number in (1, 2, 3):
         picture(336, 336, number).save(folder / f"{number}.png")
+    shutil.copy(folder / "1.png", folder / NAMED)
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
     (folder / "letter.txt").write_text("Dear Sir or Madam")
     return folder
@@ -58,10 +73,10 @@ def adapter(tmp_path_factory):
     """An adapter, with two evaluations of eleven questions beside it, one of which is of hostile texts."""
     folder = save_adapter(tmp_path_factory.mktemp("adapter"))
     examples = document_examples(folder, 11)
-    examples[10] |= {"id": HOSTILE, "question": HOSTILE, "answers": [HOSTILE]}
+    examples[10] |= {"id": TEXT, "question": TEXT, "answers": [TEXT]}
     right = [one["answers"][0] for one in examples]
     write_documents(folder, "before", examples, ["nothing here"] * 11)
-    write_documents(folder, "after", examples, [*right[:6], *["no idea"] * 4, HOSTILE])
+    write_documents(folder, "after", examples, [*right[:6], *["no idea"] * 4, TEXT])
     return folder
 
 
@@ -69,7 +84,7 @@ def adapter(tmp_path_factory):
 def address(adapter, tmp_path_factory):
     """Of the page as its command serves it, adapter and base side by side."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "tools.app", "--checkpoint", adapter, "--compare", CHECKPOINT, "--port", port]
+    command = [sys.executable, "-c", WATCHED, "--checkpoint", adapter, "--compare", CHECKPOINT, "--port", port]
     started = start_logged([*command, "--num_crops", 1, "--max_new_tokens", TOKENS], log, {**os.environ})
     until = time.monotonic() + 240
     while "the page is at" not in log.read_text() and started.poll() is None and time.monotonic() < until:
@@ -81,6 +96,7 @@ def address(adapter, tmp_path_factory):
     os.killpg(started.pid, signal.SIGINT)
     started.wait(60)
     assert "Traceback" not in log.read_text()
+    assert "reached for" not in log.read_text()
 
 
 @pytest.fixture
@@ -110,12 +126,12 @@ def visit(chromium, address):
 
 
 @pytest.fixture(scope="module")
-def wanted(adapter, folder):
+def wanted(adapter):
     """Both answers about some pictures, made without the page."""
     models = [predict.load_model(adapter, predict.how_to_load(adapter)).eval(), full_model()]
 
-    def answers(question, *numbers):
-        turn = [Turn(question, images=[Image.open(folder / f"{number}.png") for number in numbers])]
+    def answers(question, *files):
+        turn = [Turn(question, images=[Image.open(file) for file in files])]
         return [reference(model, turn, TOKENS) for model in models]
 
     return answers
@@ -149,7 +165,7 @@ def test_pictures_question_and_both_answers(visit, folder, wanted):
     assert all(tab.evaluate("[...document.querySelectorAll('.views img')].map(image => image.naturalWidth === 336)"))
     ask(tab, "What is it?")
     found = answers(tab)
-    assert found == wanted("What is it?", 1, 2)
+    assert found == wanted("What is it?", folder / "1.png", folder / "2.png")
     assert found[ADAPTED] != found[BASE]
 
 
@@ -165,7 +181,7 @@ def test_the_answer_grows(visit, folder, wanted):
     ask(tab, "What is it?")
     whole = answers(tab)[ADAPTED]
     seen = sorted(tab.evaluate("[...window.seen]"), key=len)
-    assert whole == wanted("What is it?", 3)[ADAPTED]
+    assert whole == wanted("What is it?", folder / "3.png")[ADAPTED]
     assert len(seen) > 2
     assert all(whole.startswith(text) for text in seen), (seen, whole)
 
@@ -173,19 +189,21 @@ def test_the_answer_grows(visit, folder, wanted):
 def test_a_wrong_file(visit, folder, wanted):
     """Is named, beside what is to be done; the page goes on."""
     tab = visit()
-    drop(tab, folder / "1.png", folder / "broken.png", folder / "letter.txt")
-    for name in ("broken.png", "letter.txt"):
+    names = ("broken.png", "letter.txt", "bomb.png")
+    drop(tab, folder / "1.png", *(folder / name for name in names))
+    for name in names:
         tab.locator(".drawings .problem", has_text=name).wait_for()
     ask(tab, "What is it?")
     told = tab.locator(".problem", has_text="Remove it, or drop it as a whole PNG or JPEG file").last
     told.wait_for()
+    assert all(name in told.inner_text() for name in names)
     assert [box.input_value() for box in answer_boxes(tab)] == ["", ""]
     tab.get_by_role("button", name="Clear", exact=True).first.click()
     tab.locator(".drawings").wait_for(state="detached")
     drop(tab, folder / "1.png")
     tab.get_by_text("313 of the pictures").wait_for()
     ask(tab, "What is it?")
-    assert answers(tab) == wanted("What is it?", 1)
+    assert answers(tab) == wanted("What is it?", folder / "1.png")
 
 
 def test_no_question(visit):
@@ -204,11 +222,29 @@ def test_two_at_once(visit, folder, wanted):
         for number, tab in enumerate(tabs, start=1):
             ask(tab, f"What is it, {number}?")
         for number, tab in enumerate(tabs, start=1):
-            assert answers(tab) == wanted(f"What is it, {number}?", number)
+            assert answers(tab) == wanted(f"What is it, {number}?", folder / f"{number}.png")
             tab.get_by_label("Question", exact=True).fill("")
 
 
-def test_an_example_is_asked_again(visit, adapter):
+def test_stop(visit, wanted):
+    """The answer grows no more, and the next is made."""
+    tab = visit()
+    ask(tab, "What is it?")
+    box = answer_boxes(tab)[ADAPTED]
+    tab.wait_for_function("document.querySelectorAll('textarea[disabled]')[0].value")
+    tab.get_by_role("button", name="Stop").click()
+    tab.get_by_text("stopped", exact=True).wait_for()
+    stopped = box.input_value()
+    tab.wait_for_timeout(500)
+    assert box.input_value() == stopped
+    whole = wanted("What is it?")[ADAPTED]
+    assert whole.startswith(stopped)
+    assert len(stopped) < len(whole)
+    ask(tab, "What is that?")
+    assert answers(tab) == wanted("What is that?")
+
+
+def test_an_example_is_asked_again(visit, adapter, wanted):
     tab = visit()
     tab.get_by_text("test_3", exact=True).click()
     tab.get_by_text("Example test_3").wait_for()
@@ -216,10 +252,8 @@ def test_an_example_is_asked_again(visit, adapter):
     assert tab.get_by_label("Question", exact=True).input_value() == "What is total 3?\nAnswer briefly."
     tab.locator(".views svg").wait_for()
     tab.get_by_role("button", name="Ask").click()
-    shown = answers(tab)
-    image = Image.open(next(iter(sorted((adapter / "report_images").iterdir()))))
-    assert image.size[0] > 100
-    assert len(shown[BASE]) > 0
+    (image,) = json.loads((adapter / "eval_after.json").read_text())["examples"][3]["images"]
+    assert answers(tab) == wanted("What is total 3?\nAnswer briefly.", adapter / "report_images" / image)
 
 
 def test_examples_by_group_and_words(visit):
@@ -233,22 +267,31 @@ def test_examples_by_group_and_words(visit):
     assert tab.locator("td", has_text="test_7").count() == 0
 
 
-def test_hostile_texts_stay_texts(visit):
+def test_hostile_texts_stay_texts(visit, folder):
+    """Of the run's data, of a file's name, of who asks."""
     tab = visit()
     tab.get_by_label("Search").fill("<script>")
     tab.get_by_text("1 examples").wait_for()
     tab.locator("td", has_text="<script>").first.click()
     tab.locator(".example", has_text="<script>").wait_for()
+    assert [tab.evaluate("text => text.trim()", one) for one in tab.locator(".example dd").all_text_contents()] == [
+        *(TEXT, "nothing here", TEXT)
+    ]
+    drop(tab, folder / NAMED)
     ask(tab, "<b>bold</b> ${7*7}")
     answers(tab)
     assert tab.evaluate("window.hacked") is None
-    assert tab.locator(".example script, .example img").count() == 0
+    assert tab.locator(".example script, .example img, img[src=x]").count() == 0
 
 
 def test_on_a_phone_and_in_the_dark(visit, folder):
-    """Nothing is wider than the screen."""
+    """Nothing is wider than the screen, light on light or dark on dark."""
     tab = visit(color_scheme="dark", is_mobile=True, has_touch=True)
     tab.set_viewport_size({"width": 400, "height": 800})
-    drop(tab, folder / "1.png")
+    drop(tab, folder / "1.png", folder / "broken.png")
     tab.locator(".views svg").wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+    light = "element => getComputedStyle(element).COLOR.match(/\\d+/g).slice(0, 3).reduce((sum, one) => sum + +one, 0)"
+    assert tab.locator("body").evaluate(light.replace("COLOR", "backgroundColor")) < 150
+    for shown in ("figcaption", ".problem", ".soft", "h1", "td"):
+        assert tab.locator(shown).first.evaluate(light.replace("COLOR", "color")) > 500, shown

@@ -20,6 +20,7 @@ import argparse
 import base64
 import contextlib
 import io
+import json
 import os
 import threading
 import time
@@ -31,12 +32,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import jinja2
 import torch
 from markupsafe import Markup
 from peft import PeftModel
 from PIL import Image
 from transformers import StoppingCriteriaList
-from transformers.generation import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from common.cli import MAX_NUM_CROPS
@@ -59,11 +60,13 @@ except ImportError:
     gradio = None
 
 MOST_LISTED = 1000  # examples that the page holds at once; the search finds the others
-MOST_DRAWN = 12  # pictures
 MOST_BYTES = "64mb"  # of a file that is dropped
-SIDE_OF_DRAWING = 900  # pixels
 ALL = "all"
 MISSING = "the page needs Gradio: pip install -r requirements-app.txt -c constraints.txt"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+)
+PARTS = TEMPLATES.get_template("app.html.jinja").module
 
 
 # --- options
@@ -170,32 +173,23 @@ def make_example(pictures: Sequence[Any], question: str) -> Example:
     if found := CONTROL.search(question):
         raise UserError(f"The question holds {found[0]}, which is put there by itself: take it out.")
     turn = {"images": list(pictures), "user": question, "assistant": UNASKED}
-    return Example("the question", make_turns({"conversations": [turn]}, pictures))
-
-
-def read_picture(file: str) -> Image.Image:
-    """A picture that was dropped.
-
-    Raises:
-        UserError: it is none, with its name and what to do.
-    """
-    name = Path(file).name
-    try:
-        return decode_image({"bytes": Path(file).read_bytes()}, name)
-    except OSError as error:
-        raise UserError(f"{name} is not there any more ({error.strerror}): drop it again.") from error
-    except UserError as error:
-        raise UserError(f"{error}. Remove it, or drop it as a whole PNG or JPEG file.") from error
+    return Example("the prompt", make_turns({"conversations": [turn]}, pictures))
 
 
 def read_pictures(files: Sequence[str]) -> list[Image.Image]:
-    """All of them; names all that are none."""
+    """The pictures that were dropped.
+
+    Raises:
+        UserError: all that are none, with their names and what to do.
+    """
     pictures, problems = [], []
-    for file in files:
+    for file in map(Path, files):
         try:
-            pictures.append(read_picture(file))
+            pictures.append(decode_image({"bytes": file.read_bytes()}, file.name))
+        except OSError as error:
+            problems.append(f"{file.name} is not there any more ({error.strerror}): drop it again.")
         except UserError as error:
-            problems.append(str(error))
+            problems.append(f"{error}. Remove it, or drop it as a whole PNG or JPEG file.")
     if problems:
         raise UserError("\n".join(problems))
     return pictures
@@ -209,11 +203,6 @@ def encode(side: Side, pictures: Sequence[Image.Image], question: str, max_new_t
     """
     if not question.strip():
         raise UserError("There is no question yet: write one.")
-    for number, picture in enumerate(pictures, start=1):
-        try:
-            plan_layout(*picture.size, side.processor.image_processor.num_crops)
-        except ValueError as error:
-            raise UserError(f"Picture {number}: {error}.") from error
     limit = side.limit(max_new_tokens)
     _, tokens = side.count_tokens([picture.size for picture in pictures], question)
     if tokens > limit:
@@ -239,71 +228,49 @@ class Answer:
     seconds: float = 0.0
 
 
-class Pieces(BaseStreamer):
-    """The answer so far, after each token; decoded as a whole, for a piece by itself loses the space it begins with."""
-
-    def __init__(self, processor: Phi3VProcessor) -> None:
-        self.processor, self.texts = processor, SimpleQueue()
-        self.ids: list[int] | None = None  # until the prompt has come
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then each token."""
-        if self.ids is None:
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
-        text = self.processor.decode(self.ids, skip_special_tokens=True)
-        self.texts.put(text.rstrip("\ufffd"))  # a letter whose bytes are not all there yet
-
-    def end(self) -> None:
-        """No more."""
-        self.texts.put(None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.texts.get, None)
-
-
-def stream(side: Side, inputs: dict[str, torch.Tensor], max_new_tokens: int, worker: ThreadPoolExecutor) -> Any:
+def stream(
+    side: Side, inputs: dict[str, torch.Tensor], max_new_tokens: int, worker: ThreadPoolExecutor
+) -> Iterator[Answer]:
     """The greedy answer, longer each time; the last is whole. Who stops listening stops its making.
 
     Args:
         worker: of one thread, in which all answers are made one after another: a model with its adapter switched off
             must not answer for another user.
     """
-    streamer = Pieces(side.processor)
-    left = threading.Event()
+    texts, left, begin = SimpleQueue(), threading.Event(), inputs["input_ids"].shape[1]
 
-    def is_left(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), left.is_set(), device=input_ids.device)
+    def text_of(ids: torch.Tensor) -> str:  # as a whole: a piece by itself loses the space that it begins with
+        return side.processor.decode(ids[0, begin:], skip_special_tokens=True)
+
+    def is_over(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """After each token."""
+        texts.put(text_of(ids).rstrip("\ufffd"))  # a letter whose bytes are not all there yet
+        return torch.full((1,), left.is_set(), device=ids.device)
 
     def generate() -> Answer:
         # of this thread, as torch keeps them
         precision, device = side.loading.precision, side.loading.device.type
         autocast = torch.autocast(device, dtype=precision.autocast, enabled=precision.autocast is not None)
+        begun = time.perf_counter()
         try:
             with side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext(), autocast:
-                begun = time.perf_counter()
-                output = side.model.generate(
+                ids = side.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     use_cache=True,
                     eos_token_id=end_token_ids(side.processor),
                     pad_token_id=side.processor.tokenizer.pad_token_id,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([is_left]),
+                    stopping_criteria=StoppingCriteriaList([is_over]),
                 )
         finally:
-            streamer.end()  # also after an error, which else nobody would learn of
-        made = output[0, inputs["input_ids"].shape[1] :]
-        text = side.processor.decode(made, skip_special_tokens=True)
-        return Answer(text, len(made), time.perf_counter() - begun)
+            texts.put(None)  # also after an error, which else nobody would learn of
+        return Answer(text_of(ids), ids.shape[1] - begin, time.perf_counter() - begun)
 
     answer = worker.submit(generate)
     try:
-        for text in streamer:
-            yield Answer(text)
-        yield answer.result()  # decoded at once, as `tools.predict` does
+        yield from map(Answer, iter(texts.get, None))
+        yield answer.result()
     finally:
         left.set()
         answer.cancel()
@@ -312,8 +279,11 @@ def stream(side: Side, inputs: dict[str, torch.Tensor], max_new_tokens: int, wor
 # --- drawings
 
 
-def draw_picture(processor: Phi3VProcessor, picture: Image.Image, title: str, side: int = SIDE_OF_DRAWING) -> Markup:
+def draw_picture(processor: Phi3VProcessor, picture: Image.Image, title: str, side: int = 900) -> Markup:
     """How a picture is cut: the resized one with the grid over it, the global view as the model sees it, its tokens.
+
+    Args:
+        side: the drawing's longest, in pixels.
 
     Raises:
         UserError: a picture that is too thin.
@@ -330,42 +300,8 @@ def draw_picture(processor: Phi3VProcessor, picture: Image.Image, title: str, si
     # (3, 336, 336) normalised -> (336, 336, 3) bytes
     view = (crops[0].permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     view = (view * 255).round().byte().numpy()
-    width, height = layout.padded_width, layout.padded_height
-    columns, rows = width // CROP, height // CROP
-    lines = [f"M{column * CROP} 0V{height}" for column in range(columns + 1)]
-    lines += [f"M0 {row * CROP}H{width}" for row in range(rows + 1)]
-    inner_width, inner_height = layout.resized_width, layout.resized_height
-    left, top = (width - inner_width) // 2, (height - inner_height) // 2
-    padding = f"M0 0H{width}V{height}H0ZM{left} {top}h{inner_width}v{inner_height}h-{inner_width}Z"
-    numbers = Markup("").join(
-        Markup('<text x="{}" y="{}">{}</text>').format(column * CROP + 10, row * CROP + 32, row * columns + column + 1)
-        for row in range(rows)
-        for column in range(columns)
-    )
-    return Markup(
-        "<figure><figcaption><b>{title}</b> {size[0]:,} × {size[1]:,} pixels, resized to {layout.resized_width:,} × "
-        "{layout.resized_height:,}: {columns} × {rows} sub-images and the global view, <b>{layout.num_img_tokens:,} "
-        'tokens</b></figcaption><div class="views"><svg viewBox="0 0 {width} {height}" role="img" '
-        'aria-label="The picture cut into {columns} × {rows} sub-images" style="aspect-ratio: {width} / {height}">'
-        '<image href="{cut}" width="{width}" height="{height}"/><path class="padding" d="{padding}"/>'
-        '<path class="cuts" d="{lines}"/>{numbers}</svg>'
-        '<div><img src="{view}" alt="The global view" width="{crop}" height="{crop}"><span>global view</span></div>'
-        "</div></figure>"
-    ).format(
-        title=title,
-        size=picture.size,
-        layout=layout,
-        columns=columns,
-        rows=rows,
-        crop=CROP,
-        width=width,
-        height=height,
-        padding=padding,
-        lines="".join(lines),
-        numbers=numbers,
-        cut=as_data(Image.fromarray(padded), side),
-        view=as_data(Image.fromarray(view), side),
-    )
+    cut, seen = (as_data(Image.fromarray(pixels), side) for pixels in (padded, view))
+    return PARTS.drawing(title, picture.size, layout, CROP, cut, seen)
 
 
 def as_data(picture: Image.Image, side: int) -> str:
@@ -374,11 +310,6 @@ def as_data(picture: Image.Image, side: int) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def in_words(text: str, kind: str = "soft") -> str:
-    """A text for the page, as it is."""
-    return Markup('<p class="{}">{}</p>').format(kind, text) if text else ""
 
 
 # --- examples of an evaluation
@@ -402,18 +333,18 @@ class Evaluated:
 
     def find(self, group: str, words: str) -> list[int]:
         """The numbers of the examples in a group, or in all, that hold all the words."""
-        wanted = words.lower().split()
-        return [
-            number
-            for number, one in enumerate(self.examples)
-            if group in (ALL, one["group"]) and all(word in " ".join(self.row(one)).lower() for word in wanted)
-        ]
+
+        def is_meant(example: dict[str, Any]) -> bool:
+            text = " ".join(self.row(example)).lower()
+            return group in (ALL, example["group"]) and all(word in text for word in words.lower().split())
+
+        return [number for number, example in enumerate(self.examples) if is_meant(example)]
 
     def row(self, example: dict[str, Any]) -> list[str]:
         """An example in the list."""
         given = ["" if one is None else one[0] for one in example["given"]]
-        row = [example["id"], example["question"], " / ".join(example["answers"]), *given]
-        return [*row, self.groups[example["group"]]] if example["group"] else row
+        group = [self.groups[example["group"]]] if example["group"] else []
+        return [example["id"], example["question"], " / ".join(example["answers"]), *given, *group]
 
     def pictures(self, example: dict[str, Any]) -> list[str]:
         """The files that are there."""
@@ -448,12 +379,16 @@ def read_evaluated(path: Path | None) -> Evaluated:
         if all(metric in one.totals and one.score_key(metric) for _, one in columns)
     ]
     examples = compare_examples(columns, scored[0] if scored else None, groups)
+    # half a character of a damaged answer is a question mark: Gradio's pages can hold no halves
+    examples = json.loads(json.dumps(examples, ensure_ascii=False).encode(errors="replace"))
     return Evaluated(tuple(name for name, _ in columns), examples, groups if scored else {}, last.parent / PICTURES)
 
 
 # --- the page
+
+
 class Page:
-    """What happens on the page; it keeps nothing of a user, whose browser holds what was dropped and written.
+    """What happens on the page.
 
     Args:
         sides: what answers, one or two.
@@ -471,49 +406,47 @@ class Page:
         try:
             of_pictures, tokens = self.sides[0].count_tokens(sizes, question)
         except UserError as error:
-            return in_words(str(error), "problem")
+            return PARTS.words(str(error), "problem")
         limit = self.sides[0].limit(self.max_new_tokens)
-        told = f"{tokens:,} of at most {limit:,} tokens"
-        told += f": {of_pictures:,} of the pictures, {tokens - of_pictures:,} of the text"
-        return in_words(told, "problem" if tokens > limit else "soft")
+        told = f"{tokens:,} of at most {limit:,} tokens: "
+        told += f"{of_pictures:,} of the pictures, {tokens - of_pictures:,} of the text"
+        return PARTS.words(told, "problem" if tokens > limit else "soft")
 
     def draw(self, files: list[str] | None) -> str:
         """Every picture, cut, or what is wrong with it."""
         shown = []
-        for number, file in enumerate((files or ())[:MOST_DRAWN], start=1):
-            side = SIDE_OF_DRAWING if len(files) == 1 else SIDE_OF_DRAWING // 2
+        for number, file in enumerate(files or (), start=1):
+            title, side = f"{number}. {Path(file).name}", 900 if len(files) == 1 else 450
             try:
-                picture = read_picture(file)
-                shown.append(draw_picture(self.sides[0].processor, picture, f"{number}. {Path(file).name}", side))
+                shown.append(draw_picture(self.sides[0].processor, *read_pictures([file]), title, side))
             except UserError as error:
-                shown.append(in_words(str(error), "problem"))
-        if files and len(files) > MOST_DRAWN:
-            shown.append(in_words(f"and {len(files) - MOST_DRAWN} more pictures"))
-        return Markup('<div class="drawings">{}</div>').format(Markup("").join(shown)) if shown else ""
+                shown.append(PARTS.words(str(error), "problem"))
+        return Markup('<div class="drawings">{}</div>').format(Markup().join(shown)) if shown else ""
 
     def ask(self, files: list[str] | None, question: str) -> Iterator[tuple[str, ...]]:
         """A line about the answers, and the answers, again and again as they get longer."""
         answers = [Answer()] * len(self.sides)
-        told = in_words("reading the pictures …")
+        told = PARTS.words("reading the pictures …")
         yield told, *(one.text for one in answers)  # the old ones go
         try:
             pictures = read_pictures(files or ())
             for number, side in enumerate(self.sides):
                 inputs = encode(side, pictures, question, self.max_new_tokens)
                 for answers[number] in stream(side, inputs, self.max_new_tokens, self.worker):
-                    yield in_words("answering …"), *(one.text for one in answers)
-            told = in_words("; ".join(map(self._took, self.sides, answers)))
+                    yield PARTS.words("answering …"), *(one.text for one in answers)
+            told = PARTS.words("\n".join(map(self._took, self.sides, answers)))
         except UserError as error:
-            told = in_words(str(error), "problem")
+            told = PARTS.words(str(error), "problem")
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            told = in_words("Memory ran out: give fewer pictures, or start with a lower --num_crops.", "problem")
+            told = PARTS.words("Memory ran out: give fewer pictures, or start with a lower --num_crops.", "problem")
         yield told, *(one.text for one in answers)
 
     def _took(self, side: Side, answer: Answer) -> str:
         most = ", the most that it may have (--max_new_tokens)" if answer.tokens == self.max_new_tokens else ""
-        return f"{side.name}: {answer.tokens} tokens{most}, {answer.seconds:.1f} s"
+        empty = "" if answer.text.strip() else "an empty answer, "
+        return f"{side.name}: {empty}{answer.tokens} tokens{most}, {answer.seconds:.1f} s"
 
     def choose(self, position: int, listed: list[int]) -> tuple[Any, ...]:
         """An example's pictures, its question, and what is known about it."""
@@ -521,13 +454,11 @@ class Page:
         pictures = self.evaluated.pictures(one)
         given = zip(self.evaluated.columns, one["given"], strict=True)
         facts = [("accepted", " / ".join(one["answers"])), *((name, text[0]) for name, text in given if text)]
-        rows = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(*fact) for fact in facts)
-        told = Markup('<div class="example"><b>Example {}</b><dl>{}</dl></div>').format(one["id"], rows)
-        if len(pictures) < max(1, len(one["images"])):
-            told += in_words(f"The evaluation kept no pictures of it in {self.evaluated.folder}: drop them.", "problem")
-        return pictures or None, one["question"], told
+        kept = len(pictures) >= max(1, len(one["images"]))
+        problem = "" if kept else f"The evaluation kept no pictures of it in {self.evaluated.folder}: drop them."
+        return pictures or None, one["question"], PARTS.example(one["id"], facts, problem)
 
-    def list_examples(self, group: str, words: str) -> tuple[list[int], dict[str, Any]]:
+    def list_examples(self, group: str = ALL, words: str = "") -> tuple[list[int], dict[str, Any]]:
         """The numbers of the examples that are listed, and what the list shows."""
         found = self.evaluated.find(group, words)
         listed = found[:MOST_LISTED]
@@ -543,10 +474,9 @@ class Page:
     def build(self) -> Any:
         """The page as Gradio has it."""
         first = self.sides[0]
-        facts = [f"num_crops {first.processor.image_processor.num_crops}", first.loading.precision.name]
-        facts += [str(first.loading.device)]
+        facts = (f"num_crops {first.loading.num_crops}", first.loading.precision.name, str(first.loading.device))
         with gradio.Blocks(title=f"Try {first.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-            gradio.HTML(Markup("<h1>{}</h1>").format(first.name) + in_words(" · ".join(facts)))
+            gradio.HTML(PARTS.heading(first.name, facts))
             with gradio.Row():
                 with gradio.Column(scale=2, min_width=320):
                     files = gradio.File(label="Pictures", file_count="multiple", allow_reordering=True, height=200)
@@ -557,12 +487,12 @@ class Page:
                         stop = gradio.Button("Stop", min_width=80)
                         clear = gradio.ClearButton([files, question], min_width=80)
                 with gradio.Column(scale=3, min_width=320):
-                    with gradio.Row():
+                    with gradio.Row(equal_height=True):
                         answers = [self._answer_box(side) for side in self.sides]
                     status, chosen = gradio.HTML(), gradio.HTML()
             drawing = gradio.HTML()
             asking = gradio.on([ask.click, question.submit], self.ask, [files, question], [status, *answers])
-            stop.click(None, cancels=[asking])
+            stop.click(lambda: PARTS.words("stopped"), None, status, cancels=[asking])
             clear.add([status, chosen, *answers])
             gradio.on([files.change, question.change], self.count, [files, question], tokens)
             files.change(self.draw, files, drawing)
@@ -572,39 +502,24 @@ class Page:
 
     def _answer_box(self, side: Side) -> Any:
         name = f"{side.name}, adapter off" if side.adapter_off else side.name
-        return gradio.Textbox(label=name, lines=6, interactive=False, buttons=["copy"], min_width=240)
+        shape = {"lines": 4, "min_width": 240, "elem_classes": "answer"}
+        return gradio.Textbox(label=name, interactive=False, buttons=["copy"], **shape)
 
     def _build_examples(self, outputs: list[Any]) -> None:
         """The list of examples, which fills in `outputs`."""
         counts = Counter(one["group"] for one in self.evaluated.examples)
         groups = [(f"{title} ({counts[key]:,})", key) for key, title in self.evaluated.groups.items()]
-        headers = ["id", "question", "accepted", *self.evaluated.columns, *(["group"] if groups else [])]
-        numbers, shown = self.list_examples(ALL, "")
+        groups = [(f"all ({len(self.evaluated.examples):,})", ALL), *groups]
+        headers = ["id", "question", "accepted", *self.evaluated.columns, *["group"] * bool(self.evaluated.groups)]
+        numbers, shown = self.list_examples()
         with gradio.Row():
-            group = gradio.Radio([(f"all ({len(self.evaluated.examples):,})", ALL), *groups], value=ALL, label="Show")
-            words = gradio.Textbox(label="Search", placeholder="words, all of which are there")
+            group = gradio.Radio(groups, value=ALL, label="Show", scale=3, min_width=320)
+            words = gradio.Textbox(label="Search", placeholder="words, all of which are there", scale=2, min_width=320)
         listed = gradio.State(numbers)
-        cells = [gradio.Textbox(render=False) for _ in headers]
-        table = gradio.Dataset(components=cells, headers=headers, type="index", samples_per_page=10, **shown)
+        shown |= {"components": [gradio.Textbox(render=False) for _ in headers], "headers": headers}
+        table = gradio.Dataset(type="index", samples_per_page=10, elem_classes="examples", **shown)
         gradio.on([group.change, words.change], self.search, [group, words], [listed, table])
         table.click(self.choose, [table, listed], outputs)
-
-
-CSS = """
-.soft { opacity: 0.75; }
-.problem { color: var(--error-text-color, #b91c1c); white-space: pre-line; }
-.drawings { display: flex; flex-wrap: wrap; gap: 24px; }
-.drawings figure { flex: 1 1 420px; max-width: 900px; margin: 0; }
-.views { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; margin-top: 8px; }
-.views svg { flex: 3 1 240px; width: 100%; max-height: 560px; }
-.views div { flex: 1 1 140px; max-width: 240px; }
-.views img { width: 100%; height: auto; border: 1px solid var(--border-color-primary); }
-.views .cuts { fill: none; stroke: #e11d48; stroke-width: 4; }
-.views .padding { fill: #64748b; fill-opacity: 0.45; fill-rule: evenodd; }
-.views text { font: 600 28px system-ui, sans-serif; fill: #e11d48; stroke: #fff; stroke-width: 6; paint-order: stroke; }
-.example dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 4px 0; }
-.example dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 def main() -> None:
@@ -626,7 +541,8 @@ def main() -> None:
             ssr_mode=False,
             pwa=False,
             theme=gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=CSS,
+            css=str(PARTS.style()),
+            run_history=False,  # which keeps pictures and answers in the browser, and offers to upload them
         )
     except OSError as error:
         raise UserError(f"{error}: give another --port or --host") from error
