@@ -58,7 +58,7 @@ def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
-    return train_rows, eval_rows.first(options.eval_limit)
+    return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 
 
 def challenge_rows(folder: Path, name: str) -> Rows:

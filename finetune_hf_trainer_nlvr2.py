@@ -53,7 +53,7 @@ def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
-    return train_rows, eval_rows.first(options.eval_limit)
+    return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 
 
 def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair: bool) -> data.Rows:

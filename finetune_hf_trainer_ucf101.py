@@ -81,7 +81,8 @@ def evaluate(
     confusion = {"labels": labels, "rows_true_columns_predicted": matrix}
     examples = []
     for index, (record, label, one, score) in enumerate(zip(data.records, truth, generated, correct, strict=True)):
-        about = {"id": record.get("id", data.place(index)), "answers": [label], "images": one.images}
+        about = {"id": record.get("id", data.place(index)), "question": record["conversations"][-1]["user"]}
+        about |= {"answers": [label], "images": one.images}
         examples.append({**about, "generated": one.text, "correct": score})
     write_evaluation(options.output_dir / f"{name}.json", {**totals, "confusion": confusion}, examples)
     return totals

@@ -47,7 +47,7 @@ PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
 BAD_EXAMPLES = "bad_examples.jsonl"  # what --bad_examples skip has left out
 RUN_FILES = (
-    *(RUN_RECORD, "stages.json", RUN_FACTS, "report.html", "report_images", "plots"),
+    *(RUN_RECORD, "stages.json", RUN_FACTS, "report.html", "report_images/*.jpg", "plots/*.png"),
     *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
     BAD_EXAMPLES,
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
@@ -424,6 +424,15 @@ def _device_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
+def revision_problems(revision: str | None, name: str | None) -> list[str]:
+    """What is wrong with `--revision`, given beside a checkpoint's name."""
+    if revision == "":
+        return ["--revision is given and empty: name a commit, or leave the option out"]
+    if revision is not None and name and os.path.exists(name):
+        return [f"--revision {revision} is of a hub id, and {name} is a folder: leave it out"]
+    return []
+
+
 def _file_problems(options: argparse.Namespace) -> list[str]:
     problems = []
     for name in SOURCES:
@@ -431,11 +440,7 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
         # a hub id has at most one slash and is no path
         if value and not os.path.exists(value) and (value.partition("@")[0].count("/") > 1 or value[0] in "./~"):
             problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
-    if options.revision == "":
-        problems.append("--revision is given and empty: name a commit, or leave the option out")
-    elif options.revision is not None and os.path.exists(options.model_name_or_path):
-        name = options.model_name_or_path
-        problems.append(f"--revision {options.revision} is of a hub id, and {name} is a folder: leave it out")
+    problems += revision_problems(options.revision, options.model_name_or_path)
     if options.eval_only or options.method not in ("full", "frozen"):
         if options.deepspeed:
             problems.append(f"--deepspeed {options.deepspeed} is for full fine-tuning: leave it out here")

@@ -6,6 +6,7 @@ that cannot be decoded is reported with its data set, split and row.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -354,6 +355,23 @@ def check_answers(
             raise UserError(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})") from error
         if not answered:
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
+
+
+def with_answers(train_rows: Rows | None, eval_rows: Rows, options: argparse.Namespace) -> tuple[Rows | None, Rows]:
+    """Rows of the_cauldron's layout, once it is known that every text has an answer; see `check_answers`.
+
+    Args:
+        train_rows: None where nothing is trained.
+        options: `eval_only` and `bad_examples` count.
+    """
+
+    def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
+        return [(text["user"], [text["assistant"]]) for text in row["texts"]]
+
+    check_answers(eval_rows, questions, "evaluate on rows with answers")
+    if train_rows is not None and not options.eval_only:
+        check_answers(train_rows, questions, "leave the row out", options.bad_examples)
+    return train_rows, eval_rows
 
 
 def fingerprint(rows: Any) -> str:

@@ -109,8 +109,8 @@ def source_of(data: Any) -> str:
 
 
 def hub_id(source: str) -> str | None:
-    """The hub's id in `ID` or `ID:CONFIG`; None for a file or folder."""
-    name = str(source).partition(":")[0]
+    """The hub's id in `ID[:CONFIG][@REVISION]`; None for a file or folder."""
+    name = str(source).partition("@")[0].partition(":")[0]
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -120,10 +120,13 @@ def hub_id(source: str) -> str | None:
 
 def in_words(source: str, kind: str = "datasets/") -> str:
     """A link to what is on the hub; of what is not, only the name."""
-    name, config = hub_id(source), str(source).partition(":")[2]
+    name = hub_id(source)
+    named, _, revision = str(source).partition("@")
+    config = named.partition(":")[2]
     if name is None:
         return f"`{Path(source).name}` (local)"
-    return f"[{name}](https://huggingface.co/{kind}{name})" + (f", configuration `{config}`" if config else "")
+    told = f"[{name}](https://huggingface.co/{kind}{name})" + (f", configuration `{config}`" if config else "")
+    return told + (f", revision `{revision}`" if revision else "")
 
 
 def in_digits(score: Any) -> str:

@@ -43,7 +43,7 @@ from .progress import in_time
 REPORT, COMPARISON = "report.html", "report_comparison.html"
 PICTURES, PLOTS = "report_images", "plots"
 EVALUATIONS = ("before", "after", "only")  # eval_<name>.json
-MOST_SIDE = 1600  # pixels of a page in PICTURES: more than the model sees of it in 16 crops
+MOST_SIDE = 1600  # pixels of a page in PICTURES; of a long one the model may see more
 PICTURE_NAME = re.compile(r"[0-9a-f]{32}\.jpg")
 
 # Thumbnails: side in pixels and quality, the first with which all of them stay within the budget.
@@ -117,7 +117,11 @@ def save_pictures(folder: Path, images: Sequence[Image.Image]) -> list[str]:
         if not path.exists():
             page.thumbnail((MOST_SIDE, MOST_SIDE))
             beside = path.with_name(f"{path.name}.{os.getpid()}{INCOMPLETE}")  # other processes may save it too
-            page.save(beside, "JPEG", quality=85)
+            try:
+                page.save(beside, "JPEG", quality=85)
+            except OSError:
+                beside.unlink(missing_ok=True)
+                raise
             os.replace(beside, path)
         names.append(path.name)
     return names
@@ -623,13 +627,13 @@ def compare_examples(
             None if one is None else [str(one.get("generated", "")), None if name is None else float(one[name])]
             for one, name in zip(found, keys, strict=True)
         ]
-        answers = example.get("answers")
+        answers, kept = example.get("answers"), [one.get("images") for one in found if one]
         compared.append(
             {
                 "id": str(example.get("id")),
                 "question": str(example.get("question") or ""),
                 "answers": [str(one) for one in answers] if isinstance(answers, list) else [],
-                "images": next((one["images"] for one in found if one and isinstance(one.get("images"), list)), []),
+                "images": next((one for one in kept if isinstance(one, list) and one), []),
                 "given": given,
                 "group": group_of([one[1] for one in given if one is not None], groups),
             }

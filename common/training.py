@@ -48,7 +48,7 @@ from .checkpoints import (
     record_of,
     remove_incomplete,
 )
-from .cli import deepspeed_file, files_of_run
+from .cli import RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process, say
@@ -146,10 +146,16 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         rows = {"train_rows": data["train"]["fingerprint"], "eval_rows": data["evaluation"]["fingerprint"]}
         options.resume_from = _find_what_to_resume(options, record_of(options, **rows))
     options.stopping = Stopping(options.grace_seconds)
-    write_facts(options, data)
+    if not is_beside_a_run(options):
+        write_facts(options, data)
     set_seed(options.seed)
     say(describe(options))
     return arguments
+
+
+def is_beside_a_run(options: argparse.Namespace) -> bool:
+    """Whether this evaluates only, in the folder of a run, whose facts and report stay what they are."""
+    return options.eval_only and (options.output_dir / RUN_RECORD).exists()
 
 
 def _prepare_output_folder(options: argparse.Namespace) -> None:
@@ -160,6 +166,8 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
             _lock(folder)
         for path in files_of_run(folder) if options.overwrite and not options.eval_only else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
         (folder / SHARED_MARK).touch()
     wait_for_all()
     if not (folder / SHARED_MARK).exists():
@@ -708,7 +716,7 @@ def once(evaluate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
     Args:
         evaluate: the script's own.
         arguments: its arguments, the last two the options and a name: `<name>.json` is written; with
-            `--eval_only` always, and it is `eval_only.json`, with the report beside it.
+            `--eval_only` always, and it is `eval_only.json`, with the report beside it if no run's is there.
 
     Returns:
         The totals.
@@ -716,7 +724,8 @@ def once(evaluate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
     *others, options, name = arguments
     if options.eval_only:
         totals = evaluate(*others, options, "eval_only")
-        write_report(options)
+        if not is_beside_a_run(options):
+            write_report(options)
         return totals
     if options.dry_run:
         return evaluate(*arguments)

@@ -1,6 +1,7 @@
 """The options: the published names and defaults, and every wrong value reported at once."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -407,3 +408,15 @@ def test_script_is_read_once_downwards(script):
     functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     assert (functions[0], functions[-1]) == ("parse", "main")
     assert "finetune_hf_trainer" not in "".join(line for line in text.splitlines() if "import" in line)
+
+
+@pytest.mark.parametrize("tool", ["app", "predict", "check_data"])
+def test_a_tool_s_revision_of_a_folder(tool, tmp_path):
+    """As for the scripts: it would change nothing."""
+    options = ["--revision", "v1", "--checkpoint", str(tmp_path), "--question", "What?"]
+    if tool == "check_data":
+        options = ["--revision", "v1", "--model_name_or_path", str(tmp_path), "--image_dir", str(tmp_path), __file__]
+    if tool == "app":
+        options = options[:4]
+    with pytest.raises(UserError, match=r"--revision v1 is of a hub id, and .* is a folder: leave it out"):
+        importlib.import_module(f"tools.{tool}").parse(options)

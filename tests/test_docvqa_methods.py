@@ -256,6 +256,7 @@ def test_evaluating_a_saved_adapter(run_of, pages, tmp_path):
     ended = run_script(SCRIPT, *options, "--output_dir", tmp_path, "--no-tqdm", processes=0)
     assert ended.returncode == 0, ended.stdout[-4000:]
     assert read_evaluation(tmp_path, "eval_only")["examples"] == read_evaluation(folder, "eval_after")["examples"]
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_undecodable_page_ends_the_run_with_its_place(pages, tmp_path):

@@ -21,9 +21,8 @@ def picture(seed):
 
 
 def options_for(folder, **values):
-    return argparse.Namespace(
-        **{"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False, **values}
-    )
+    options = {"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False}
+    return argparse.Namespace(**{**options, "bad_examples": "stop", **values})
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +63,27 @@ def test_the_cauldron_is_split_as_published(cauldron):
     assert np.array_equal(np.asarray(turn.images[0]), np.asarray(picture(500)))
     assert memes.make_example(eval_rows, 499).turns[0].user == "<|image_1|>\nHateful 499?"
     assert len(memes.load_data(options_for(cauldron, eval_limit=3))[1]) == 3
+
+
+@pytest.mark.parametrize("texts", [None, [], [{"user": "Hateful?", "assistant": None, "source": "hateful_memes"}]])
+def test_rows_without_an_answer(cauldron, tmp_path, texts):
+    """Are told before anything is loaded; of those that are trained on only where bad ones are not left out."""
+    rows = datasets.Dataset.from_parquet(str(cauldron / "train-00000-of-00001.parquet"))
+
+    def broken(number):
+        features, records = rows.features, rows.with_format("arrow")[:].to_pylist()
+        records[number]["texts"] = texts
+        path = tmp_path / f"{number}" / "train.parquet"
+        datasets.Dataset.from_list(records, features=features).to_parquet(path)
+        return path.parent
+
+    in_training, in_evaluation = broken(510), broken(7)
+    with pytest.raises(UserError, match="row 510 has "):
+        memes.load_data(options_for(in_training))
+    assert len(memes.load_data(options_for(in_training, bad_examples="skip"))[0]) == 24
+    assert len(memes.load_data(options_for(in_training, eval_only=True))[1]) == 500
+    with pytest.raises(UserError, match="row 7 has "):
+        memes.load_data(options_for(in_evaluation, bad_examples="skip"))
 
 
 def test_too_few_rows(cauldron, tmp_path):

@@ -77,6 +77,21 @@ def write_adapter(options, base):
     (options.output_dir / "adapter_config.json").write_text(json.dumps(fields))
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("a/b", "[a/b](https://huggingface.co/datasets/a/b)"),
+        ("a/b:c", "[a/b](https://huggingface.co/datasets/a/b), configuration `c`"),
+        ("a/b@v1", "[a/b](https://huggingface.co/datasets/a/b), revision `v1`"),
+        ("a/b:c@v1", "[a/b](https://huggingface.co/datasets/a/b), configuration `c`, revision `v1`"),
+        ("/data/b@v1", "`b@v1` (local)"),
+    ],
+)
+def test_sources_in_words(source, told):
+    assert model_card.in_words(source) == told
+    assert model_card.hub_id(source) == ("a/b" if source.startswith("a/b") else None)
+
+
 def test_metadata(tmp_path):
     data = write(options_for(tmp_path)).data
     assert (data.base_model, data.datasets, data.language, data.license) == (OFFICIAL, [MINI], "en", "mit")

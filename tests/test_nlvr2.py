@@ -22,7 +22,7 @@ def picture(seed):
 
 def options_for(folder, **values):
     options = {"data_dir": str(folder), "eval_file": None, "eval_limit": None, "eval_only": False}
-    options |= {"separate_questions": False, "share_images": False, "skip_missing": False}
+    options |= {"separate_questions": False, "share_images": False, "skip_missing": False, "bad_examples": "stop"}
     return argparse.Namespace(**{**options, **values})
 
 

@@ -1,10 +1,12 @@
 """The report of runs in every state; its numbers against known ones; nothing from data gets out of its place."""
 
+import argparse
 import importlib
 import json
 import random
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from common import facts, report
+from common import facts, report, training
 from common.cli import Precision, make_parser, parse_options
 from common.errors import UserError
 from common.evaluation import Generated
@@ -187,6 +189,40 @@ def test_pictures_each_once(tmp_path):
     assert names[0] == names[1] != names[2]
     with Image.open(folder / "report_images" / names[0]) as image:
         assert image.size == (1000, 1600)
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def fail(image, path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_pictures(tmp_path, [Image.new("RGB", (20, 30))])
+    assert list((tmp_path / "report_images").iterdir()) == []
+
+
+def test_pictures_of_a_later_evaluation_are_shown(tmp_path):
+    """The first one was made with --no-report_images."""
+    write_run(tmp_path)
+    first = json.loads((tmp_path / "eval_before.json").read_text())
+    for one in first["examples"]:
+        one["images"] = []
+    (tmp_path / "eval_before.json").write_text(json.dumps(first))
+    both = [(name, read_evaluation(tmp_path / f"eval_{name}.json")) for name in ("before", "after")]
+    assert all(one["images"] for one in report.compare_examples(both, "anls", report.GROUPS))
+
+
+def test_evaluating_only_beside_a_run_leaves_its_report(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(training, "write_report", written.append)
+    options = argparse.Namespace(eval_only=True, output_dir=tmp_path)
+    evaluate = lambda options, name: {"name": name}  # noqa: E731
+    assert training.once(evaluate, options, "eval_before") == {"name": "eval_only"}
+    assert written == [options]
+    (tmp_path / "run.json").touch()
+    assert training.once(evaluate, options, "eval_before") == {"name": "eval_only"}
+    assert written == [options]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])

@@ -217,6 +217,7 @@ def test_other_options_are_refused(run, uninterrupted, tmp_path):
 def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupted, tmp_path):
     options = CONFIGURATIONS["lora"]
     folder = copy_of(uninterrupted(*options), tmp_path)
+    (folder / "plots" / "mine.txt").write_text("a file that no run has written stays")
     before = contents(folder)
     code, text = run(folder, *options, "--resume", "never")
     assert code == 2, text[-3000:]
@@ -228,6 +229,7 @@ def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupte
     assert checkpoints(folder) == []
     assert "going on from" not in text
     assert read(folder / "run.json")["seed"] == 1
+    assert (folder / "plots" / "mine.txt").is_file()
 
 
 @pytest.mark.parametrize(

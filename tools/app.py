@@ -8,10 +8,10 @@ One drops pictures, asks and reads the answer as it is made, the same that `tool
 each picture is cut into views and how many tokens it costs. With `--compare` another checkpoint answers beside it; the
 base that an adapter stands on is not loaded twice, the adapter is switched off. The examples of the run's evaluations
 (`eval_after.json`, and `eval_before.json` beside it, in the checkpoint's folder or where `--eval` says) can be gone
-through: a click asks about the same pictures in the same words.
+through: a click fills in the question and the pictures, which are the report's copies: JPEG, of at most 1,600 pixels.
 
 Needs `pip install -r requirements-app.txt`. The page is served to this machine alone unless `--host` says otherwise;
-it has no password, opens no tunnel, and neither it nor the server reaches for another host.
+it has no password, opens no tunnel, and once the checkpoints are there it reaches for no other host.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
-from common.cli import MAX_NUM_CROPS
+from common.cli import MAX_NUM_CROPS, revision_problems
 from common.collation import Example, collate, encode_example
 from common.conversations import CONTROL, counting_processor, make_turns, measure_image
 from common.data import decode_image
@@ -89,6 +89,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load_in_4bit", action="store_true", help="weights in NF4, as QLoRA has its base")
     options = parser.parse_args(arguments)
     problems = [] if gradio else [MISSING]
+    problems += revision_problems(options.revision, options.checkpoint)
     if options.eval is not None and evaluation_at(options.eval) is None:
         problems.append(f"--eval {options.eval}: there is no such file, or no eval_*.json in the folder")
     if options.compare == options.checkpoint:
@@ -455,7 +456,7 @@ class Page:
         given = zip(self.evaluated.columns, one["given"], strict=True)
         facts = [("accepted", " / ".join(one["answers"])), *((name, text[0]) for name, text in given if text)]
         kept = len(pictures) >= max(1, len(one["images"]))
-        problem = "" if kept else f"The evaluation kept no pictures of it in {self.evaluated.folder}: drop them."
+        problem = "" if kept else f"No pictures of it were kept in {self.evaluated.folder}: drop them, if it has any."
         return pictures or None, one["question"], PARTS.example(one["id"], facts, problem)
 
     def list_examples(self, group: str = ALL, words: str = "") -> tuple[list[int], dict[str, Any]]:
@@ -492,7 +493,8 @@ class Page:
                     status, chosen = gradio.HTML(), gradio.HTML()
             drawing = gradio.HTML()
             asking = gradio.on([ask.click, question.submit], self.ask, [files, question], [status, *answers])
-            stop.click(lambda: PARTS.words("stopped"), None, status, cancels=[asking])
+            stopping = stop.click(None, cancels=[asking])
+            stopping.then(lambda: PARTS.words("stopped"), None, status)  # then, lest "answering" comes after it
             clear.add([status, chosen, *answers])
             gradio.on([files.change, question.change], self.count, [files, question], tokens)
             files.change(self.draw, files, drawing)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import MAX_NUM_CROPS
+from common.cli import MAX_NUM_CROPS, revision_problems
 from common.conversations import (
     Conversations,
     Line,
@@ -91,6 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     problems = [f"{path}: there is no such file" for path in options.paths if not path.is_file()]
+    problems += revision_problems(options.revision, options.model_name_or_path)
     if not options.image_dir.is_dir():
         problems.append(f"--image_dir {options.image_dir}: there is no such folder")
     if not 1 <= options.num_crops <= MAX_NUM_CROPS:

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from common.cli import MAX_NUM_CROPS, choose_precision
+from common.cli import MAX_NUM_CROPS, choose_precision, revision_problems
 from common.collation import Example
 from common.conversations import (
     CONTROL,
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 (else float16 on CUDA, float32 on a CPU)")
     parser.add_argument("--load_in_4bit", action="store_true", help="weights in NF4, as QLoRA has its base")
     options = parser.parse_args(arguments)
-    problems = []
+    problems = revision_problems(options.revision, options.checkpoint)
     if (options.question is None) == (options.data is None):
         problems.append("give either --question, with an --image for each of its pictures, or --data and --output")
     problems += [f"--image {path}: there is no such file" for path in options.image if not path.is_file()]
@@ -222,6 +222,7 @@ def answer_file(options: argparse.Namespace, loading: argparse.Namespace, proces
     check_faults(options, [one for one in questions if one.error], len(questions))
     made_by = {"checkpoint": str(options.checkpoint), "num_crops": loading.num_crops}
     made_by |= {"max_new_tokens": options.max_new_tokens, "precision": loading.precision.name}
+    made_by |= {"revision": loading.revision} if loading.revision else {}
     with open(options.output, "r+b" if options.output.exists() else "w+b") as file:
         done = count_answered(file, options.output, questions, made_by)
         print(f"{done} of {len(questions)} lines are in {options.output} already", flush=True)
