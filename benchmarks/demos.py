@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import RESULTS, describe_machine, markdown, write_json
+from common.report import read_log
 
 # task -> its name in the table, its metric
 TASKS = {
@@ -38,7 +39,7 @@ def gather(folder: Path, task: str) -> dict[str, Any]:
             ("shuffled", "output_shuffled/eval_only.json"),
         )
     }
-    lines = [json.loads(line) for line in (folder / task / "output" / "train_log.jsonl").read_text().splitlines()]
+    lines = read_log(folder / task / "output" / "train_log.jsonl")
     return {
         "metric": metric,
         **{name: evaluation[metric] for name, evaluation in evaluations.items()},

@@ -5,7 +5,7 @@
 The demo's pairs of NLVR2, whose rows have one or two statements: once every statement by itself
 (`--separate_questions`), shuffled over the epoch, and once those of a pair behind one copy of it (`--share_images`).
 Data, statements per step, learning rate and number of seeds are the same, and so are the first 500 pairs, which are
-evaluated. Writes `benchmarks/results/sharing_score.json`, of which docs/speed.md has the table.
+evaluated. Writes `benchmarks/results/sharing_score.json` and prints its table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measuring import RESULTS, describe_machine, markdown, write_json
 from common.demo import CHECKPOINT, write_nlvr2
+from common.report import read_log
 
 REPOSITORY = Path(__file__).parent.parent
 WAYS = {"each statement by itself": "--separate_questions", "a pair's statements together": "--share_images"}
@@ -45,7 +46,7 @@ def train(data: Path, output: Path, way: str, seed: int) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     evaluation = json.loads((output / "eval_after.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_log(output / "train_log.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     return {
         "seed": seed,
@@ -57,7 +58,7 @@ def train(data: Path, output: Path, way: str, seed: int) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """As docs/speed.md has it."""
+    """A row for each way."""
     rows = []
     for way, runs in measured["ways"].items():
         scores = [run["accuracy"] for run in runs]

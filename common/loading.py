@@ -141,12 +141,6 @@ def load_processor(options: argparse.Namespace) -> Phi3VProcessor:
     return Phi3VProcessor.from_pretrained(base, revision=revision, num_crops=options.num_crops)
 
 
-def base_of_adapter(name_or_path: str | Path, revision: str | None = None) -> str | None:
-    """The checkpoint that an adapter stands on; None for a checkpoint of the whole model."""
-    adapter = find_adapter(str(name_or_path), revision)
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter else None
-
-
 def checkpoint_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str, str | None]:
     """A checkpoint itself, or the one that an adapter stands on, at the revision that it was trained on.
 

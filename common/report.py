@@ -19,7 +19,7 @@ import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -641,6 +641,11 @@ def compare_examples(
     return compared
 
 
+def scored_metrics(columns: Sequence[tuple[str, Evaluation]], metrics: Iterable[str]) -> list[str]:
+    """Those of the metrics that all evaluations have, with a score of each example; by the first they are grouped."""
+    return [metric for metric in metrics if all(metric in one.totals and one.score_key(metric) for _, one in columns)]
+
+
 def group_of(scores: Sequence[float | None], groups: dict[str, str]) -> str | None:
     """Which of the groups an example with these scores is in; None where a score is missing."""
     if None in scores:
@@ -842,7 +847,7 @@ def _evaluated(
         )
         for metric in metrics
     ]
-    scored = [metric for metric in metrics if all(metric in one.totals and one.score_key(metric) for _, one in columns)]
+    scored = scored_metrics(columns, metrics)
     examples = compare_examples(columns, scored[0] if scored else None, groups)
     confusion = confusions(columns, examples)
     counts = Counter(one["group"] for one in examples)

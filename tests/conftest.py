@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from common.phi3v import Phi3VForCausalLM
+from tests.launch import WAIT
 from tests.model_helpers import (
     PUBLISHED_NAMES,
     published_folder,
@@ -23,6 +25,7 @@ from tests.model_helpers import (
 )
 
 PARITY = "parity"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # The same examples in every run; no time limit for one, for the machine may be busy.
 settings.register_profile("phi3v", derandomize=True, deadline=None, database=None, max_examples=25)
@@ -101,3 +104,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for case, quantity, worst, tolerance in rows:
         mark = "" if worst <= tolerance else "  FAILED"
         terminalreporter.write_line(f"{case:<26} {quantity:<36} {worst:>16.2e} {tolerance:>10.0e}{mark}")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window; Playwright drives the installed one."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (`apt-get install chromium`)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=WAIT)
+        yield browser
+        browser.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+WAIT = 60_000  # milliseconds for what a browser does, on a busy machine
 
 
 def free_port() -> int:

@@ -57,6 +57,13 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8), "RGB")
 
 
+def write_pictures(folder: Path) -> None:
+    """`1.png`, `2.png` and `3.png`, of one sub-image each, and `broken.png`, which is cut short."""
+    for number in (1, 2, 3):
+        picture(336, 336, number).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+
+
 def expand_runs(runs: list[list[int]]) -> list[int]:
     """Runs `[id, count]` -> ids; the reference's `-i` for image i becomes the id of `<|image|>`."""
     return [IMAGE_TOKEN_ID if token < 0 else token for token, count in runs for _ in range(count)]

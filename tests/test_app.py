@@ -17,7 +17,7 @@ from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import plan_layout
-from tests.model_helpers import picture
+from tests.model_helpers import picture, write_pictures
 from tests.report_runs import HOSTILE, document_examples, write_documents, write_run
 from tests.test_predict import full_model, reference, run_predict, save_adapter
 from tools import app, predict
@@ -29,9 +29,7 @@ FEW = ("--num_crops", "1", "--max_new_tokens", "6")  # the built-in checkpoint i
 def folder(tmp_path_factory):
     """Three pictures, and files that are none."""
     folder = tmp_path_factory.mktemp("images")
-    for number in (1, 2, 3):
-        picture(336, 336, number).save(folder / f"{number}.png")
-    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    write_pictures(folder)
     (folder / "letter.txt").write_text("Dear Sir or Madam")
     return folder
 

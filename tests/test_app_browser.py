@@ -17,16 +17,14 @@ from PIL import Image
 
 from common.collation import Turn
 from common.demo import CHECKPOINT
-from tests.launch import free_port, start_logged
-from tests.model_helpers import picture
+from tests.launch import WAIT, free_port, start_logged
+from tests.model_helpers import write_pictures
 from tests.report_runs import HOSTILE, document_examples, write_documents
 from tests.test_predict import full_model, reference, save_adapter
 from tools import predict
 
 pytestmark = pytest.mark.long
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAIT = 60_000  # milliseconds, for a busy machine
 TOKENS = 1000  # of which most answers take ten
 ADAPTED, BASE = 0, 1  # the answers' places
 NAMED = "<img src=x onerror=hacked=1>.png"
@@ -44,26 +42,12 @@ runpy.run_module("tools.app", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium is installed (`apt-get install chromium`)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=WAIT)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three pictures, one of them under a hostile name too, and files that are none."""
     folder = tmp_path_factory.mktemp("images")
-    for number in (1, 2, 3):
-        picture(336, 336, number).save(folder / f"{number}.png")
+    write_pictures(folder)
     shutil.copy(folder / "1.png", folder / NAMED)
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
-    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
     (folder / "letter.txt").write_text("Dear Sir or Madam")
     return folder
 

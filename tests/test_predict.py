@@ -15,7 +15,7 @@ from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from tests.launch import run_script
-from tests.model_helpers import picture
+from tests.model_helpers import write_pictures
 from tools import predict
 
 FEW = ("--num_crops", 1, "--max_new_tokens", 6)  # the built-in checkpoint is made for one view
@@ -26,9 +26,7 @@ ENDS = ("<|end|>", "<|endoftext|>")
 def folder(tmp_path_factory):
     """Three pictures, and a file that is no picture."""
     folder = tmp_path_factory.mktemp("images")
-    for number in (1, 2, 3):
-        picture(336, 336, number).save(folder / f"{number}.png")
-    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    write_pictures(folder)
     return folder
 
 

@@ -13,25 +13,12 @@ from PIL import Image
 
 from common.report import render, save_pictures
 from tests import report_runs
+from tests.launch import WAIT
 from tests.report_runs import HOSTILE, page, write_classes, write_documents, write_log, write_run
 
 pytestmark = pytest.mark.long
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 COUNT = 5000
-WAIT = 60_000  # milliseconds, for a busy machine
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium is installed (`apt-get install chromium`)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=WAIT)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -50,7 +50,15 @@ from common.layers import causal_lm_of
 from common.loading import checkpoint_of, end_token_ids, load_model, load_processor
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import CROP, plan_layout
-from common.report import GROUPS, GROUPS_OF_ONE, PICTURE_NAME, PICTURES, compare_examples, read_evaluation
+from common.report import (
+    GROUPS,
+    GROUPS_OF_ONE,
+    PICTURE_NAME,
+    PICTURES,
+    compare_examples,
+    read_evaluation,
+    scored_metrics,
+)
 from tools.predict import UNASKED, how_to_load
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which Gradio reads when it is imported
@@ -374,11 +382,7 @@ def read_evaluated(path: Path | None) -> Evaluated:
     files = [before, last] if before.is_file() and last.name not in ("eval_before.json", "eval_only.json") else [last]
     columns = [("before" if file == before else "after", read_evaluation(file)) for file in files]
     groups = GROUPS if len(files) > 1 else GROUPS_OF_ONE
-    scored = [
-        metric
-        for metric in columns[-1][1].totals
-        if all(metric in one.totals and one.score_key(metric) for _, one in columns)
-    ]
+    scored = scored_metrics(columns, columns[-1][1].totals)
     examples = compare_examples(columns, scored[0] if scored else None, groups)
     # half a character of a damaged answer is a question mark: Gradio's pages can hold no halves
     examples = json.loads(json.dumps(examples, ensure_ascii=False).encode(errors="replace"))

@@ -47,8 +47,15 @@ from common.data import decode_image
 from common.errors import UserError, raise_all, run
 from common.evaluation import LOOK_AHEAD, MAX_NEW_TOKENS, generate_answers
 from common.files import read_json
-from common.loading import check_checkpoint, checkpoint_of, find_adapter, load_model, load_processor
-from common.phi3v import Phi3VConfig, Phi3VProcessor
+from common.loading import (
+    check_checkpoint,
+    checkpoint_of,
+    find_adapter,
+    load_model,
+    load_processor,
+    longest_sequence,
+)
+from common.phi3v import Phi3VProcessor
 from common.phi3v.stock import find_file
 
 UNASKED = "-"  # in place of a last turn's answer, which is never shown to the model
@@ -214,8 +221,7 @@ def count_answered(file: BinaryIO, path: Path, questions: Sequence[Question], ma
 
 def answer_file(options: argparse.Namespace, loading: argparse.Namespace, processor: Phi3VProcessor) -> None:
     """Ask every line of `--data` that `--output` does not hold."""
-    base, revision = checkpoint_of(options.checkpoint, loading.revision)
-    limit = Phi3VConfig.from_pretrained(base, revision=revision).max_position_embeddings - options.max_new_tokens
+    limit = longest_sequence(loading) - options.max_new_tokens
     questions, data = read_questions(options, processor, limit)
     if not questions:
         raise UserError(f"--data {options.data} is empty")
