@@ -5,6 +5,7 @@ Two processes over gloo: full and frozen under real DeepSpeed ZeRO-2, LoRA and Q
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,17 @@ def test_evaluating_a_saved_adapter(run_of, pages, tmp_path):
     assert ended.returncode == 0, ended.stdout[-4000:]
     assert read_evaluation(tmp_path, "eval_only")["examples"] == read_evaluation(folder, "eval_after")["examples"]
     assert (tmp_path / "report.html").is_file()
+
+
+def test_evaluating_in_a_run_s_own_folder_leaves_its_record(run_of, pages, tmp_path):
+    _, trained = run_of("lora")
+    folder = shutil.copytree(trained, tmp_path / "output")
+    kept = {name: (folder / name).read_bytes() for name in ("run.json", "run_facts.json", "report.html")}
+    options = ("--model_name_or_path", folder, "--data_dir", pages, "--num_crops", 1, "--eval_only", "--eval_limit", 1)
+    ended = run_script(SCRIPT, *options, "--output_dir", folder, "--no-tqdm", processes=0)
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    assert (folder / "eval_only.json").is_file()
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
 
 
 def test_undecodable_page_ends_the_run_with_its_place(pages, tmp_path):

@@ -258,6 +258,26 @@ def test_the_output_of_another_run(records, adapter, folder, tmp_path, monkeypat
     assert output.read_text() == whole
 
 
+def test_the_output_of_another_revision(records, folder, tmp_path, monkeypatch):
+    """A hub's branch may have moved since the file was begun."""
+    data, output = write_lines(tmp_path / "data.jsonl", *records[:2]), tmp_path / "answers.jsonl"
+    commit, how_to_load = "a" * 40, predict.how_to_load
+
+    def as_from_the_hub(*arguments):
+        loading = how_to_load(*arguments)
+        loading.revision = commit
+        return loading
+
+    monkeypatch.setattr(predict, "how_to_load", as_from_the_hub)
+    ask_file(monkeypatch, data, folder, output)
+    whole = output.read_text()
+    ask_file(monkeypatch, data, folder, output)  # the same one goes on
+    commit = "b" * 40
+    with pytest.raises(UserError, match=r"line 1 is of another run \(another revision\)"):
+        ask_file(monkeypatch, data, folder, output)
+    assert output.read_text() == whole
+
+
 @pytest.fixture
 def bad(records, folder, tmp_path):
     """Between good lines: no JSON, no picture there, two faults at once, one that cannot be decoded."""
