@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from common.cli import make_parser
+from common.cli import choose_precision, make_parser
 from common.demo import CHECKPOINT
 from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -95,6 +95,8 @@ def prepare(model: Phi3VForCausalLM, processor: Phi3VProcessor, method: str) -> 
         quantize(model)
     options = make_parser("").parse_args([])  # the scripts' defaults: every layer recomputed, adapters of rank 64
     options.use_lora, options.freeze_vision_model = method in ("lora", "qlora"), method == "frozen"
+    options.bf16, options.device = model.dtype == torch.bfloat16, model.device.type
+    options.precision = choose_precision(options)
     prepared = prepare_for_training(model, processor, options).train()
     # transformers 5 has the inputs of layers that can be recomputed require a gradient, a frozen tower's too, which the
     # published releases did not and recomputation without re-entering autograd does not need

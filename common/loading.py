@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -234,10 +235,23 @@ def prepare_for_training(
         model = add_adapters(model, options)
     elif not isinstance(model, PeftModel):
         choose_weights(model, options)
+    if options.precision.autocast is not None:
+        leave_casting_to_autocast(model)
     recompute_layers(model, options.gradient_checkpointing)
     if options.torch_compile:
         compile_layers(model)
     return model
+
+
+def leave_casting_to_autocast(model: torch.nn.Module) -> None:
+    """Keep PEFT from making its float32 weights' dtype of an adapter's input.
+
+    Under autocast the adapter's products take the input in half precision as it comes: made float32 and half again it
+    has the same values, but costs two copies, one of them kept for the backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def choose_weights(model: Phi3VForCausalLM, options: argparse.Namespace) -> None:

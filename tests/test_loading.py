@@ -196,6 +196,33 @@ def test_bf16_adapters_are_float32(checkpoint):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+def test_adapters_take_their_input_in_half_precision(checkpoint):
+    """As PEFT computes it, bit for bit, without its copies of every input in float32."""
+    precision = Precision("bf16", torch.bfloat16, torch.bfloat16)
+    model, processor = load_for_training(loading_options(checkpoint, use_lora=True, precision=precision))
+    for name, parameter in model.named_parameters():  # B starts at 0, where no gradient reaches A or what is below
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
+
+    def found() -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gradients(model, inputs_of(processor))
+
+    ours = found()
+    assert seen == {torch.bfloat16}
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = True
+    theirs = found()
+    assert torch.float32 in seen
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_qlora_is_nf4_and_its_gradients_survive_an_evaluation(checkpoint):
     """bitsandbytes repacks NF4 weights at evaluation on CPUs with AVX512-BF16 and then loses gradient in silence."""
     import bitsandbytes
