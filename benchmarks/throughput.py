@@ -12,7 +12,8 @@ A variant is a way of taking the step, with its settings after a colon:
 
     recompute=    none (ours, the default), full (the reference's), selective (every second layer), decoder, tower:
                   which layers are run again in the backward pass instead of kept
-    attention=    sdpa (default), eager, flash_attention_2, flex_attention
+    attention=    of one sequence a pass: sdpa (default), eager, flash_attention_2; where several are packed or share a
+                  picture sdpa_by_document (default), sdpa (a dense mask), flex_attention, flash_attention_2
     kernels=      ours: none (default), liger, compiled: by Liger's kernels, by torch.compile
     tokens=N      ours: as many sequences as N tokens hold packed into one pass; 0 (default): one sequence a pass
     crops=N       ours: at most N crops through the tower at once; 0 (default): all
@@ -78,12 +79,13 @@ from benchmarks.models import (
 from common.collation import ANSWER_END, collate, encode_questions, pack, share_pictures
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import plan_layout
+from common.phi3v.masks import BY_DOCUMENT
 from common.phi3v.modeling import IGNORED_LABEL
 
 WAYS = ("reference", "single", "shared")
 RECOMPUTE = ("none", "full", "selective", "decoder", "tower")
 KERNELS = ("none", "liger", "compiled")
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention", BY_DOCUMENT)
 STEP_ROUNDS = 3  # how often the optimizer's step is timed
 # Relative, of one parameter's gradient: float32 sums in another order; found on a CPU are 3e-6.
 TOLERANCE = 1e-4
@@ -101,6 +103,11 @@ class Variant:
     tokens: int
     crops: int
 
+    @property
+    def packs(self) -> bool:
+        """Whether a pass is a packed row, not one sequence."""
+        return self.way == "shared" or self.tokens > 0
+
     @classmethod
     def parse(cls, name: str) -> Variant:
         """`WAY:setting=value,setting=value` -> a variant.
@@ -112,6 +119,8 @@ class Variant:
         given = dict(setting.partition("=")[::2] for setting in rest.split(",") if setting)
         settings = {"recompute": "full" if way == "reference" else "none", "attention": "sdpa", "kernels": "none"}
         settings |= {"tokens": 0, "crops": 0}
+        if way == "shared" or given.get("tokens", "0") != "0":
+            settings["attention"] = BY_DOCUMENT
         unknown = sorted(given.keys() - settings.keys())
         try:
             settings |= {key: type(settings[key])(value) for key, value in given.items() if key in settings}
@@ -155,9 +164,7 @@ class Passes(torch.utils.data.Dataset):
         documents = [one for page, asked in self.work[number] for one in self._documents(page, asked)]
         if self.variant.way == "reference":
             return documents[0]
-        if len(documents) == 1 and "branch_ids" not in documents[0]:
-            return collate(self.processor, documents)
-        return pack(documents)
+        return pack(documents) if self.variant.packs else collate(self.processor, documents)
 
     def _documents(self, page: Page, asked: int) -> list[dict[str, Any]]:
         if self.variant.way == "shared":

@@ -58,7 +58,7 @@ from .layers import causal_lm_of
 from .model_card import push_to_hub, write_model_card
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
-from .phi3v.masks import attention_for_packing
+from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
 from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
@@ -214,7 +214,8 @@ def _free_port() -> int:
 
 def describe(options: argparse.Namespace) -> str:
     """What is done how; for training a second line: how a step's batch is divided."""
-    names = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention", "flex_attention": "FlexAttention"}
+    names = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}
+    names[BY_DOCUMENT] = "PyTorch's attention, document by document"
     implementation = options.attention if options.eval_only else attention_in_training(options)
     attention = names[implementation]
     if options.use_flash_attention and implementation == "sdpa":
@@ -661,7 +662,7 @@ def attention_in_training(options: argparse.Namespace) -> str:
     """transformers' name of the attention that trains; evaluation has `options.attention`."""
     if not options.packs:
         return options.attention
-    return attention_for_packing(options.attention, torch.device(options.device).type, options.share_images)
+    return attention_for_packing(options.attention, options.share_images)
 
 
 @contextlib.contextmanager

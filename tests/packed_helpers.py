@@ -14,6 +14,8 @@ import torch
 from common.collation import share_pictures
 from common.phi3v import Phi3VForCausalLM
 from common.phi3v.image_processing import ImageLayout
+from common.phi3v.masks import BY_DOCUMENT
+from common.training import using_attention
 from tests.model_helpers import tiny_model
 
 IMAGE_ID, THRESHOLD = 511, 400
@@ -92,10 +94,13 @@ def separate_gradients(model: torch.nn.Module, encoded: Sequence[Encoded]) -> di
     return collect_gradients(model)
 
 
-def packed_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients of one batch."""
+def packed_gradients(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], attention: str = BY_DOCUMENT
+) -> dict[str, torch.Tensor]:
+    """Gradients of one batch, by default with the attention that packed rows are trained with."""
     model.zero_grad()
-    model(**batch).loss.backward()
+    with using_attention(model, attention):
+        model(**batch).loss.backward()
     return collect_gradients(model)
 
 

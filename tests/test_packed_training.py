@@ -21,6 +21,7 @@ from common.data import ExampleDataset, ExampleKey
 from common.demo import CHECKPOINT, write_docvqa
 from common.packing import measure_questions
 from common.phi3v import Phi3VConfig, Phi3VProcessor
+from common.phi3v.masks import BY_DOCUMENT
 from common.training import _WhileTraining, attention_in_training, make_batches, make_collator, using_attention
 from common.watching import Watchdog
 from tests.launch import REPOSITORY, read_evaluation, read_log, run_script
@@ -255,8 +256,8 @@ def test_what_goes_through_the_model(processor, dataset):
     [
         ({}, "flash_attention_2"),
         ({"max_tokens_per_gpu": 9000}, "flash_attention_2"),
-        ({"share_images": True}, "flex_attention"),
-        ({"share_images": True, "device": "cpu", "attention": "sdpa"}, "sdpa"),
+        ({"share_images": True}, BY_DOCUMENT),
+        ({"share_images": True, "device": "cpu", "attention": "sdpa"}, BY_DOCUMENT),
     ],
 )
 def test_attention_in_training(values, attention):

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from common.collation import pack
 from common.errors import UserError
 from common.packing import PackedBatchSampler, Questions, spread
-from common.phi3v.masks import document_bounds
-from common.training import GlobalBatchSampler
+from common.phi3v.masks import BY_DOCUMENT, document_bounds
+from common.training import GlobalBatchSampler, using_attention
 from tests.packed_helpers import (
     THRESHOLD,
     alone,
@@ -46,13 +46,18 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(
     ("attention", "dtype", "tolerance"),
-    [("sdpa", torch.float64, 1e-9), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5)],
+    [
+        (BY_DOCUMENT, torch.float64, 1e-9),
+        (BY_DOCUMENT, torch.float32, 1e-5),
+        ("sdpa", torch.float64, 1e-9),
+        ("eager", torch.float32, 1e-5),
+    ],
 )
 def test_gradients_are_those_of_separate_rows(attention: str, dtype: torch.dtype, tolerance: float) -> None:
-    model = training_model(attention, dtype)
+    model = training_model("eager" if attention == "eager" else "sdpa", dtype)
     batch = pack(EXAMPLES)
     assert batch["input_ids"].shape == (1, sum(len(one["input_ids"]) for one in EXAMPLES))
-    found, wanted = packed_gradients(model, batch), separate_gradients(model, EXAMPLES)
+    found, wanted = packed_gradients(model, batch, attention), separate_gradients(model, EXAMPLES)
     difference, name = worst_difference(model, found, wanted)
     assert difference <= tolerance, name
 
@@ -101,22 +106,22 @@ def test_gradients_through_flash_attention(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", kernels)
     model = training_model()
     batch = pack(EXAMPLES)
-    wanted = packed_gradients(model, batch)
-    model.config._attn_implementation = "flash_attention_2"
-    found = packed_gradients(model, batch)
+    wanted, found = packed_gradients(model, batch), packed_gradients(model, batch, "flash_attention_2")
     bounds, _ = document_bounds(batch["position_ids"])
     assert given_bounds == [bounds.tolist()] * len(model.model.layers)
     difference, name = worst_difference(model, found, wanted)
     assert difference <= 1e-9, name
 
 
-def test_neighbours_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", BY_DOCUMENT])
+def test_neighbours_do_not_see_each_other(attention: str) -> None:
     """Nor does a neighbour past the rope threshold change anything: logits equal those of each alone."""
     model = training_model("sdpa", torch.float32).eval()
     batch = pack(EXAMPLES)
     inputs = {name: batch[name] for name in batch if name not in ("labels", "loss_weights")}
-    with torch.no_grad():
+    with torch.no_grad(), using_attention(model, attention):
         logits = model(**inputs).logits[0]
+    with torch.no_grad():
         wanted = []
         for one in EXAMPLES:
             row = alone(one)

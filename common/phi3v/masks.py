@@ -12,19 +12,22 @@ its own branch.
 Notation used for tensor shapes
 - batch: rows; a packed batch has one
 - seq: positions of a row
+- heads, head: attention heads, and the size of one
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
-from .stock import BlockMask, create_block_mask
+from .stock import BlockMask, create_block_mask, register_attention
 
 SHARED = -1
+BY_DOCUMENT = "sdpa_by_document"  # transformers' name of `attend_by_document`
 
 
 def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
@@ -87,6 +90,89 @@ def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     return bounds.to(torch.int32), int(bounds.diff().max())
 
 
+class Document(NamedTuple):
+    """A document of a packed row.
+
+    Attributes:
+        length: its positions.
+        prefix: how many of them, at its beginning, its branches share; 0 where it is one example.
+        mask: True where a position after the prefix sees one of the document, (length - prefix, length); None where it
+            is one example, whose positions see all before them.
+    """
+
+    length: int
+    prefix: int
+    mask: torch.Tensor | None
+
+
+class Documents:
+    """A packed row's documents, in order; not a list, whose every length torch.compile would compile for."""
+
+    def __init__(self, position_ids: torch.Tensor, branch_ids: torch.Tensor) -> None:
+        if len(position_ids) != 1:
+            raise ValueError(f"a packed batch has one row, not {len(position_ids)}")
+        sees = visibility(position_ids, branch_ids)
+        places = torch.arange(position_ids.shape[1], device=position_ids.device)
+        begins = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+        branches = branch_ids[0].cpu()
+        self.each = []
+        for begin, end in zip(begins, [*begins[1:], len(branches)], strict=True):
+            prefix = int((branches[begin:end] == SHARED).sum())
+            if len(branches[begin + prefix : end].unique()) > 1:
+                mask = sees(0, None, places[begin + prefix : end, None], places[begin:end])
+                self.each.append(Document(end - begin, prefix, mask))
+            else:
+                self.each.append(Document(end - begin, 0, None))
+
+
+@torch.compiler.disable
+def attend_by_document(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: Documents | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same rule by PyTorch's attention, document after document: nothing is computed that nobody sees.
+
+    An example, and a prefix, is causal attention, for which PyTorch has its fastest kernels on any device; branches,
+    which are short, attend to their whole document under a mask.
+
+    Args:
+        query, key, value: (1, heads, seq, head), as transformers hands them to an implementation of attention.
+
+    Returns:
+        (1, seq, heads, head), and no weights.
+
+    Raises:
+        ValueError: rows that are not packed.
+    """
+    if documents is None:
+        raise ValueError(f'"{BY_DOCUMENT}" is for packed rows (branch_ids): use "sdpa"')
+    attend = functools.partial(
+        F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    lengths = [document.length for document in documents.each]
+    states = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+    parts = []
+    for document, (queries, keys, values) in zip(documents.each, states, strict=True):
+        if document.mask is None:
+            parts.append(attend(queries, keys, values, is_causal=True))
+            continue
+        prefix = document.prefix
+        of_prefix, of_branches = queries.split([prefix, document.length - prefix], dim=2)
+        parts.append(attend(of_prefix, keys[:, :, :prefix], values[:, :, :prefix], is_causal=True))
+        parts.append(attend(of_branches, keys, values, attn_mask=document.mask))
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+register_attention(BY_DOCUMENT, attend_by_document)
+
+
 def packed_attention(
     implementation: str, position_ids: torch.Tensor, branch_ids: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -101,10 +187,12 @@ def packed_attention(
     """
     if implementation.startswith("flash_attention"):
         if bool((branch_ids == SHARED).any()):
-            raise ValueError(f'examples that share a picture need "flex_attention" or "sdpa", not "{implementation}"')
+            raise ValueError(f'examples that share a picture need "{BY_DOCUMENT}", not "{implementation}"')
         bounds, longest = document_bounds(position_ids)
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         return {"attention_mask": None, **dict(zip(names, (bounds, bounds, longest, longest), strict=True))}
+    if implementation == BY_DOCUMENT:
+        return {"attention_mask": None, "documents": Documents(position_ids, branch_ids)}
     if implementation == "flex_attention":
         return {"attention_mask": block_mask(position_ids, branch_ids)}
     mask = dense_mask(position_ids, branch_ids)
@@ -113,12 +201,9 @@ def packed_attention(
     return {"attention_mask": mask}
 
 
-def attention_for_packing(implementation: str, device_type: str, shares: bool) -> str:
+def attention_for_packing(implementation: str, shares: bool) -> str:
     """The attention to train packed rows with, given the one asked for.
 
-    flash-attn serves where no prefix is shared; FlexAttention serves everything, on CUDA only, for it
-    has no backward pass on a CPU; there a dense mask through `sdpa` does.
+    flash-attn serves where no prefix is shared, PyTorch's kernels document by document everywhere.
     """
-    if implementation.startswith("flash_attention") and not shares:
-        return implementation
-    return "flex_attention" if device_type == "cuda" else implementation
+    return implementation if implementation.startswith("flash_attention") and not shares else BY_DOCUMENT

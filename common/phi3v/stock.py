@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -49,6 +50,11 @@ def register_with_auto_classes(config, base_model, causal_lm, image_processor, p
     backends = {"torchvision": image_processor, "pil": image_processor}
     AutoImageProcessor.register(config, image_processor_classes=backends, exist_ok=True)
     AutoProcessor.register(config, processor, exist_ok=True)
+
+
+def register_attention(name: str, attend: Callable) -> None:
+    """Let `config._attn_implementation` name an attention of ours; transformers makes no mask for it."""
+    AttentionInterface.register(name, attend)
 
 
 def enable_activation_checkpointing(model) -> None:
@@ -109,5 +115,6 @@ __all__ = [
     "find_file",
     "find_fused_cross_entropy",
     "modeling_phi3",
+    "register_attention",
     "register_with_auto_classes",
 ]
