@@ -53,33 +53,36 @@ step() {
   local method=$1 most=$2 left=$((deadline - SECONDS))
   shift 2
   # shellcheck disable=SC2086
-  run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 4 \
+  run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 6 \
     --questions_per_page 2 --seconds $(((most < left ? most : left) - 30)) \
     --output "$folder/gpu_${name}_$method.json" $options --compare "$@"
 }
 
+# what is compiled takes most of that time: it comes last
 # shellcheck disable=SC2086
-run "correctness" 120 "$python" -m benchmarks.agree --output "$folder/gpu_${name}_agree.json" ${CORRECTNESS:-} || {
+run "correctness" 60 "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
+  ${CORRECTNESS:-} || {
   printf '%s\n' "${left_out[@]}" "the gradients were not shown to agree: what follows is not worth timing (ANYWAY=1: all the same)"
   [[ ${ANYWAY:-} ]] || exit 1
 }
 
-flex=attention=flex_attention flash=attention=flash_attention_2
 # what matters most first: where time is short the last ones are left out
-step full 130 reference single:tokens=8192,$flex,recompute=full shared:tokens=8192,$flex,recompute=full \
-  shared:tokens=8192,$flex,recompute=full,kernels=liger reference:$flash single:tokens=8192,$flash,recompute=full \
-  shared:$flex,recompute=full single:recompute=full single:recompute=selective single shared:$flex
-step lora 110 reference single:tokens=8192,$flex shared:tokens=8192,$flex single:recompute=full \
-  shared:tokens=8192,$flex,kernels=liger reference:$flash single:tokens=8192,$flash single shared:$flex \
-  single:recompute=selective shared:tokens=8192,$flex,kernels=compiled
+packed=tokens=8000
+step full 110 reference single:$packed,kernels=compiled shared:$packed,kernels=compiled single:$packed,kernels=liger \
+  shared:$packed,kernels=liger single:recompute=full single:recompute=selective,kernels=liger single:kernels=liger single
 if [[ $not_there != *bitsandbytes* ]]; then
-  # also what matters most here: its memory at one question a pass, everything recomputed
-  step qlora 120 reference single:recompute=full single:recompute=full,crops=4 single:recompute=decoder single \
-    single:tokens=8192,$flex shared:$flex shared:tokens=8192,$flex
+  # its memory at one question a pass, everything recomputed, matters as much as its speed
+  step qlora 100 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+    single:recompute=full,crops=4 single:kernels=liger
 else
   left_out+=("qlora")
 fi
-step frozen 90 reference single:recompute=full single single:tokens=8192,$flex shared:$flex shared:tokens=8192,$flex
+step lora 100 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+  single:$packed,kernels=liger shared:$packed,kernels=liger single:kernels=liger single
+step frozen 70 reference single:$packed,kernels=compiled shared:$packed,kernels=compiled single:recompute=full \
+  single:kernels=liger
+run "correctness of what is compiled" 100 "$python" -m benchmarks.agree --only compiled flex \
+  --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}
 run "preprocessing" 60 "$python" -m benchmarks.preprocess --rounds 20 --output "$folder/gpu_${name}_preprocess.json"
 
 echo

@@ -85,10 +85,13 @@ def use_liger_kernels(model: Phi3VForCausalLM) -> None:
 def compile_layers(model: nn.Module) -> None:
     """Compile every layer that runs; layers of one stack share what is compiled.
 
-    The two stacks, recomputed and kept layers and the first lengths are compiled apart: more than the
-    eight of one function after which torch gives up.
+    The decoder's for any length at once, since two steps are hardly ever equally long; the tower's, whose pictures'
+    parts all have one size, for the numbers of them that there are. The two stacks, recomputed and kept layers are
+    compiled apart: more than the eight of one function after which torch gives up.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    for stack in stacks_of(model):
-        for layer in stack:
-            layer.compile()
+    decoder, tower = stacks_of(model)
+    for layer in decoder:
+        layer.compile(dynamic=True)
+    for layer in tower:
+        layer.compile()

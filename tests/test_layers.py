@@ -69,11 +69,11 @@ def test_recomputed_layers_under_an_adapter(batch) -> None:
 def test_layers_that_are_compiled(monkeypatch) -> None:
     """Those that run, and no other module: whole models take minutes."""
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic=None: compiled.append((self, dynamic)))
     model = training_model("sdpa", torch.float32)
     compile_layers(model)
     decoder, tower = stacks_of(model)
-    assert compiled == [*decoder, *tower]
+    assert compiled == [*((layer, True) for layer in decoder), *((layer, None) for layer in tower)]
     assert len(tower) == 2  # of three, the last of which is not run
 
 
