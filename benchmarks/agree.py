@@ -7,7 +7,8 @@ A small model with heads as wide as the published ones takes the step on two pag
 one by one, packed, shared, recomputed, with every attention that runs here. In float32 each gradient is held to the
 reference's with eager attention; in bfloat16 the whole gradient may be at most five times as far from the reference's
 in float32 as the reference's own in bfloat16 is (found on a CPU, which adds up in bfloat16: 3.3 times as far where all
-examples are in one pass; ten times as far where the questions of a page see each other). What does not run here is said. Exit code 1 where something differs.
+examples are in one pass; ten times as far where the questions of a page see each other). What does not run here is
+said. Exit code 1 where something differs.
 """
 
 from __future__ import annotations
