@@ -2,7 +2,7 @@
 
 Parameters are counted on the model itself, which is built without memory. Sizes are in bytes. `peak` estimates what
 PyTorch has allocated at most, which is `memory_peak_gb` in the training log; `needed` adds an allowance. How close the
-parts come on a CPU, and that no GPU has been asked yet: tests/test_plan.py and docs/scaling.md.
+parts come on a CPU, and the sum to a peak measured on a GPU: tests/test_plan.py and docs/scaling.md.
 
 Left out: Liger's kernels and torch.compile, which keep less; an evaluation's cache; ZeRO-3.
 

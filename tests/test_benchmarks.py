@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, throughput
+from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, sharing_score, throughput
 from benchmarks.models import make_model, make_processor, quantize, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
 from common.demo import CHECKPOINT
@@ -340,6 +340,11 @@ def test_paths_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert {row["variant"] for row in result["rows"] if row["agrees"]} >= {"reference", "single"}
 
 
+def test_what_sharing_does_to_the_score_is_told_as_measured() -> None:
+    measured = json.loads((REPOSITORY / "benchmarks/results/sharing_score.json").read_text())
+    assert sharing_score.table(measured) in (REPOSITORY / "docs/speed.md").read_text()
+
+
 def test_spreads() -> None:
     """Dividing by tokens is far more equal than by count; with a question a process there is no choice."""
     found = scaling.spreads(num_pages=200)
@@ -458,7 +463,7 @@ def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"gpu_none_{name}.json" for name in ("agree", "full", "frozen", "lora", "qlora", "preprocess")
+        f"gpu_none_{name}.json" for name in ("agree", "agree_compiled", "full", "frozen", "lora", "qlora", "preprocess")
     }
     told = ended.stdout.split("left out:")[-1]
     assert "ended with" not in told

@@ -18,7 +18,7 @@ from bitsandbytes.optim import AdamW8bit
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BitsAndBytesConfig
 
-from benchmarks.models import SIZES
+from benchmarks.models import SIZES, make_config, make_processor
 from common import memory
 from common.cli import CHECKPOINTING
 from common.errors import UserError
@@ -351,6 +351,18 @@ def test_wrong_options_are_told_all_at_once(words, told):
 
 
 # --- a GPU
+
+
+def test_the_estimate_is_within_a_fifth_of_a_peak_that_was_measured():
+    """LoRA at the published size, one page a pass, every layer recomputed: `benchmarks/gpu.sh` on one H200."""
+    measured = json.loads((REPOSITORY / "benchmarks/results/gpu_h200_lora.json").read_text())
+    figures = measured["variants"]["single:recompute=full"]
+    tokens, num_crops = round(figures["tokens_per_question"]), measured["num_crops"]
+    setting = Setting(method="lora", gradient_checkpointing="full", tokens=tokens, num_crops=num_crops)
+    config = make_config("published", make_processor(num_crops))
+    assert peak(estimate(config, setting)) / 1e9 == pytest.approx(figures["peak_gb"], rel=0.2)
+    assert "3 % above ([12.5 GB]" in (REPOSITORY / "docs/scaling.md").read_text()
+    assert figures["peak_gb"] / (peak(estimate(config, setting)) / 1e9) == pytest.approx(1.035, abs=0.01)
 
 
 @pytest.mark.long
