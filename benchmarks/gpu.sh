@@ -5,13 +5,14 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        where the JSON goes (benchmarks/results)
 #
-# PYTHON, SECONDS_IN_ALL (570), and for a trial without a GPU: OPTIONS, added to every measurement of a step, and
-# CORRECTNESS, to the comparison of gradients.
+# PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them), and for a trial without a GPU:
+# OPTIONS, added to every measurement of a step, and CORRECTNESS, to the comparison of gradients.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 deadline=${SECONDS_IN_ALL:-570}
+methods=${METHODS:-full qlora lora frozen}
 options=${OPTIONS:-}
 export PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 mkdir -p "$folder"
@@ -52,6 +53,7 @@ run() {
 step() {
   local method=$1 most=$2 left=$((deadline - SECONDS))
   shift 2
+  [[ " $methods " == *" $method "* ]] || return 0
   # shellcheck disable=SC2086
   run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 6 \
     --questions_per_page 2 --seconds $(((most < left ? most : left) - 30)) \
@@ -60,7 +62,7 @@ step() {
 
 # what is compiled takes most of that time: it comes last
 # shellcheck disable=SC2086
-run "correctness" 60 "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
+run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
   ${CORRECTNESS:-} || {
   printf '%s\n' "${left_out[@]}" "the gradients were not shown to agree: what follows is not worth timing (ANYWAY=1: all the same)"
   [[ ${ANYWAY:-} ]] || exit 1
@@ -72,16 +74,16 @@ step full 110 reference single:$packed,kernels=compiled shared:$packed,kernels=c
   shared:$packed,kernels=liger single:recompute=full single:recompute=selective,kernels=liger single:kernels=liger single
 if [[ $not_there != *bitsandbytes* ]]; then
   # its memory at one question a pass, everything recomputed, matters as much as its speed
-  step qlora 100 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+  step qlora 160 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
     single:recompute=full,crops=4 single:kernels=liger
 else
   left_out+=("qlora")
 fi
-step lora 100 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+step lora 130 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
   single:$packed,kernels=liger shared:$packed,kernels=liger single:kernels=liger single
 step frozen 70 reference single:$packed,kernels=compiled shared:$packed,kernels=compiled single:recompute=full \
   single:kernels=liger
-run "correctness of what is compiled" 100 "$python" -m benchmarks.agree --only compiled flex \
+run "correctness of what is compiled" 240 "$python" -m benchmarks.agree --only compiled flex \
   --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}
 run "preprocessing" 60 "$python" -m benchmarks.preprocess --rounds 20 --output "$folder/gpu_${name}_preprocess.json"
 
