@@ -6,7 +6,8 @@
 #     benchmarks/gpu.sh [FOLDER]        where the JSON goes (benchmarks/results)
 #
 # PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them), and for a trial without a GPU:
-# OPTIONS, added to every measurement of a step, and CORRECTNESS, to the comparison of gradients.
+# OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, and KERNELS (compiled),
+# those of the fastest variants, which a CPU compiles for minutes.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/results}
@@ -70,18 +71,19 @@ run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex --outpu
 
 # what matters most first: where time is short the last ones are left out
 packed=tokens=8000
-step full 110 reference single:$packed,kernels=compiled shared:$packed,kernels=compiled single:$packed,kernels=liger \
+fast=$packed,kernels=${KERNELS:-compiled}
+step full 110 reference single:$fast shared:$fast single:$packed,kernels=liger \
   shared:$packed,kernels=liger single:recompute=full single:recompute=selective,kernels=liger single:kernels=liger single
 if [[ $not_there != *bitsandbytes* ]]; then
   # its memory at one question a pass, everything recomputed, matters as much as its speed
-  step qlora 160 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+  step qlora 160 reference single:recompute=full single:$fast shared:$fast \
     single:recompute=full,crops=4 single:kernels=liger
 else
   left_out+=("qlora")
 fi
-step lora 130 reference single:recompute=full single:$packed,kernels=compiled shared:$packed,kernels=compiled \
+step lora 130 reference single:recompute=full single:$fast shared:$fast \
   single:$packed,kernels=liger shared:$packed,kernels=liger single:kernels=liger single
-step frozen 70 reference single:$packed,kernels=compiled shared:$packed,kernels=compiled single:recompute=full \
+step frozen 70 reference single:$fast shared:$fast single:recompute=full \
   single:kernels=liger
 run "correctness of what is compiled" 240 "$python" -m benchmarks.agree --only compiled flex \
   --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}

@@ -453,6 +453,7 @@ def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
             **os.environ,
             "OPTIONS": f"{small} --num_crops 1 --no-peaks",
             "CORRECTNESS": "--size tiny --page_width 340 --num_crops 1 --questions 2",
+            "KERNELS": "none",
             "PYTHON": sys.executable,
             "SECONDS_IN_ALL": "3000",
         },
