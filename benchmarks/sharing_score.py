@@ -37,11 +37,11 @@ OPTIONS += " --num_workers 1 --no-gradient_checkpointing --num_train_epochs 1 --
 OPTIONS += " --freeze_vision_model --no-report_images"
 
 
-def train(data: Path, output: Path, way: str, seed: int) -> dict[str, Any]:
+def train(data: Path, output: Path, way: str, seed: int, eval_limit: int) -> dict[str, Any]:
     """One run's score, steps and mean loss of its last steps."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["finetune_hf_trainer_nlvr2.py", *OPTIONS.split(), WAYS[way], "--seed", str(seed), "--overwrite"]
-    command += ["--batch_size_per_gpu", str(AT_ONCE[way])]
+    command += ["--batch_size_per_gpu", str(AT_ONCE[way]), "--eval_limit", str(eval_limit)]
     command += ["--model_name_or_path", str(CHECKPOINT), "--data_dir", str(data), "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The score with and without sharing.", allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
     parser.add_argument("--train_pages", type=int, default=2000, help="pairs to train on (%(default)s)")
+    parser.add_argument("--eval_limit", type=int, default=500, help="pairs to evaluate (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "sharing_score.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
     ways: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = write_nlvr2(Path(folder) / "data", options.train_pages)
         for seed in range(options.seeds):
             for way, runs in ways.items():
-                runs.append(train(data, Path(folder) / "output", way, seed))
+                runs.append(train(data, Path(folder) / "output", way, seed, options.eval_limit))
                 print(f"{way}: {runs[-1]}", flush=True)
     measured = {"machine": describe_machine(torch.device("cpu")), "train_pages": options.train_pages, "ways": ways}
     write_json(options.output, measured)

@@ -173,6 +173,8 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*words, "--output", "{out}/RESULTS.md"]
     if module == "benchmarks.memory":
         return [*words, "--rows", "10", "20", "--out", "{out}/figures.json"]
+    if module == "benchmarks.sharing_score":
+        return [*words, "--seeds", "1", "--train_pages", "8", "--eval_limit", "4", "--output", "{out}/figures.json"]
     if module == "benchmarks.convert":
         return [*words, "--rounds", "1", "--videos", "2", "--output", "{out}/figures.json"]
     raise ValueError(f"nobody knows how to shorten: {shlex.join(words)}")
