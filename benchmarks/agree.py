@@ -5,10 +5,9 @@
 
 A small model with heads as wide as the published ones takes the step on two pages with eight questions in every way:
 one by one, packed, shared, recomputed, with every attention that runs here. In float32 each gradient is held to the
-reference's with eager attention; in bfloat16 the whole gradient may be at most five times as far from the reference's
-in float32 as the reference's own in bfloat16 is (found on a CPU, which adds up in bfloat16: 3.3 times as far where all
-examples are in one pass; ten times as far where the questions of a page see each other). What does not run here is
-said. Exit code 1 where something differs.
+reference's with eager attention; in bfloat16 the whole gradient may be at most three times as far from the reference's
+in float32 as the reference's own in bfloat16 is (found on a CPU: up to twice as far; ten times as far where the
+questions of a page see each other). What does not run here is said. Exit code 1 where something differs.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ FLOAT32 = (
     *("reference", "single", "single:tokens=4096", "shared", "shared:tokens=4096", "shared:recompute=full,crops=2"),
     *("single:tokens=4096,attention=sdpa", "shared:tokens=4096,attention=sdpa"),
     *("single:tokens=4096,attention=flex_attention", "shared:tokens=4096,attention=flex_attention"),
+    "shared:recompute=full,attention=flex_attention",
 )
 BFLOAT16 = (
     *("single", "shared", "single:tokens=4096", "shared:tokens=4096"),
@@ -121,7 +121,7 @@ def measure(
             if own_error is None:
                 (difference, parameter), tolerance = worst_difference(found, wanted), TOLERANCE
             else:
-                difference, parameter, tolerance = whole_difference(found, wanted), "all", 5 * own_error
+                difference, parameter, tolerance = whole_difference(found, wanted), "all", 3 * own_error
             rows.append(
                 {
                     "variant": name,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import RESULTS, describe_machine, markdown, write_json
+from benchmarks.measuring import RESULTS, header, markdown, write_json
 from common.demo import CHECKPOINT, write_nlvr2
 from common.report import read_log
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for way, runs in ways.items():
                 runs.append(train(data, Path(folder) / "output", way, seed, options.eval_limit))
                 print(f"{way}: {runs[-1]}", flush=True)
-    measured = {"machine": describe_machine(torch.device("cpu")), "train_pages": options.train_pages, "ways": ways}
+    measured = {**header(torch.device("cpu")), "train_pages": options.train_pages, "ways": ways}
     write_json(options.output, measured)
     print(table(measured), end="")
 

@@ -40,7 +40,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,6 @@ class Variant:
         given = dict(setting.partition("=")[::2] for setting in rest.split(",") if setting)
         settings = {"recompute": "full" if way == "reference" else "none", "attention": "sdpa", "kernels": "none"}
         settings |= {"tokens": 0, "crops": 0}
-        if way == "shared" or given.get("tokens", "0") != "0":
-            settings["attention"] = BY_DOCUMENT
         unknown = sorted(given.keys() - settings.keys())
         try:
             settings |= {key: type(settings[key])(value) for key, value in given.items() if key in settings}
@@ -130,7 +128,8 @@ class Variant:
         known = known and settings["kernels"] in KERNELS
         if unknown or not known or (way == "reference" and given.keys() - {"recompute", "attention"}):
             raise argparse.ArgumentTypeError(f"there is no variant {name}: see --help")
-        return cls(name=name, way=way, **settings)
+        variant = cls(name=name, way=way, **settings)
+        return replace(variant, attention=BY_DOCUMENT) if variant.packs and "attention" not in given else variant
 
 
 @dataclass

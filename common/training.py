@@ -214,8 +214,11 @@ def _free_port() -> int:
 
 def describe(options: argparse.Namespace) -> str:
     """What is done how; for training a second line: how a step's batch is divided."""
-    names = {"flash_attention_2": "flash-attn", "sdpa": "PyTorch's attention"}
-    names[BY_DOCUMENT] = "PyTorch's attention, document by document"
+    names = {
+        "flash_attention_2": "flash-attn",
+        "sdpa": "PyTorch's attention",
+        BY_DOCUMENT: "PyTorch's attention, document by document",
+    }
     implementation = options.attention if options.eval_only else attention_in_training(options)
     attention = names[implementation]
     if options.use_flash_attention and implementation == "sdpa":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -345,6 +346,29 @@ def test_what_sharing_does_to_the_score_is_told_as_measured() -> None:
     assert sharing_score.table(measured) in (REPOSITORY / "docs/speed.md").read_text()
 
 
+def test_sharing_is_compared_by_the_same_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every option reaches the script; the two ways differ in theirs and in what goes through a process at once."""
+    commands = []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        output = Path(command[command.index("--output_dir") + 1])
+        output.mkdir(exist_ok=True)
+        (output / "eval_after.json").write_text('{"accuracy": 0.5, "num_examples": 4}')
+        (output / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sizes = ["--seeds", "2", "--train_pages", "8", "--eval_limit", "4"]
+    sharing_score.main([*sizes, "--output", str(tmp_path / "figures.json")])
+    assert [command[command.index("--seed") + 1] for command in commands] == ["0", "0", "1", "1"]
+    assert all(command[command.index("--eval_limit") + 1] == "4" for command in commands)
+    one, other = ({*command} for command in commands[:2])
+    assert one ^ other == {"--separate_questions", "--share_images", "8"}  # 8 or 1 at once; a 1 is in both
+    measured = json.loads((tmp_path / "figures.json").read_text())
+    assert (measured["train_pages"], measured["date"]) == (8, datetime.date.today().isoformat())
+    assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(measured)
+
+
 def test_spreads() -> None:
     """Dividing by tokens is far more equal than by count; with a question a process there is no choice."""
     found = scaling.spreads(num_pages=200)
@@ -440,6 +464,29 @@ def test_scaling(tmp_path: Path) -> None:
     (tmp_path / "scaling.json").write_text(json.dumps(result))
     assert result["questions_per_second"].keys() == {"1", "2"}
     assert "| 2 |" in render.render(tmp_path)
+
+
+def test_methods_and_kernels_of_the_gpu_script(tmp_path: Path) -> None:
+    """What it runs, told by a stand-in for Python; what compiles comes after every step."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\n[ "$1" = - ] && printf "\\n\\nnone\\n" || echo "RUN $*"\n')
+    stand_in.chmod(0o755)
+
+    def told(**given: str) -> list[str]:
+        environment = {**os.environ, "PYTHON": str(stand_in), **given}
+        command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "results")]
+        ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        return [line for line in ended.stdout.splitlines() if line.startswith("RUN")]
+
+    every = told()
+    methods = [line.split("--method ")[1].split()[0] for line in every if "--method" in line]
+    assert methods == ["full", "qlora", "lora", "frozen"]
+    assert "--skip compiled flex" in every[0]
+    assert "--only compiled flex" in every[5]
+    some = told(METHODS="qlora lora", KERNELS="none")
+    assert [line.split("--method ")[1].split()[0] for line in some if "--method" in line] == ["qlora", "lora"]
+    assert ",kernels=compiled" in every[2]
+    assert not any(",kernels=compiled" in line for line in some)
 
 
 @pytest.mark.long  # a dozen processes

@@ -50,6 +50,7 @@ EXAMPLES = [
         (BY_DOCUMENT, torch.float64, 1e-9),
         (BY_DOCUMENT, torch.float32, 1e-5),
         ("sdpa", torch.float64, 1e-9),
+        ("sdpa", torch.float32, 1e-5),
         ("eager", torch.float32, 1e-5),
     ],
 )

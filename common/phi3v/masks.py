@@ -18,13 +18,14 @@ Notation used for tensor shapes
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .stock import BlockMask, create_block_mask, register_attention
+from .stock import AttentionInterface, BlockMask, create_block_mask
 
 SHARED = -1
 BY_DOCUMENT = "sdpa_by_document"  # transformers' name of `attend_by_document`
@@ -113,10 +114,10 @@ class Documents:
             raise ValueError(f"a packed batch has one row, not {len(position_ids)}")
         sees = visibility(position_ids, branch_ids)
         places = torch.arange(position_ids.shape[1], device=position_ids.device)
-        begins = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+        bounds, _ = document_bounds(position_ids)
         branches = branch_ids[0].cpu()
         self.each = []
-        for begin, end in zip(begins, [*begins[1:], len(branches)], strict=True):
+        for begin, end in itertools.pairwise(bounds.tolist()):
             prefix = int((branches[begin:end] == SHARED).sum())
             if len(branches[begin + prefix : end].unique()) > 1:
                 mask = sees(0, None, places[begin + prefix : end, None], places[begin:end])
@@ -137,7 +138,7 @@ def attend_by_document(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same rule by PyTorch's attention, document after document: nothing is computed that nobody sees.
+    """The same rule by PyTorch's attention, document after document.
 
     An example, and a prefix, is causal attention, for which PyTorch has its fastest kernels on any device; branches,
     which are short, attend to their whole document under a mask.
@@ -170,7 +171,7 @@ def attend_by_document(
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
 
-register_attention(BY_DOCUMENT, attend_by_document)
+AttentionInterface.register(BY_DOCUMENT, attend_by_document)  # for which transformers makes no mask
 
 
 def packed_attention(

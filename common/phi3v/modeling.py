@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration import Phi3VConfig
-from .masks import BY_DOCUMENT, document_lengths, packed_attention
+from .masks import document_lengths, packed_attention
 from .stock import (
     ROPE_INIT_FUNCTIONS,
     BaseModelOutputWithPast,
@@ -55,9 +55,9 @@ class Phi3VTower(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         tower_config = config.tower_config()
-        # a tower has no mask: FlexAttention would have nothing to skip, and its rows are no packed ones
-        for_masks = config._attn_implementation in ("flex_attention", BY_DOCUMENT)
-        tower_config._attn_implementation = "sdpa" if for_masks else config._attn_implementation
+        # a tower has no mask: FlexAttention would have nothing to skip
+        flexible = config._attn_implementation == "flex_attention"
+        tower_config._attn_implementation = "sdpa" if flexible else config._attn_implementation
         self.vision_model = CLIPVisionModel(tower_config)
         self.num_layers_used = config.num_tower_layers_used
         self.max_crops_per_call: int | None = None

@@ -52,11 +52,6 @@ def register_with_auto_classes(config, base_model, causal_lm, image_processor, p
     AutoProcessor.register(config, processor, exist_ok=True)
 
 
-def register_attention(name: str, attend: Callable) -> None:
-    """Let `config._attn_implementation` name an attention of ours; transformers makes no mask for it."""
-    AttentionInterface.register(name, attend)
-
-
 def enable_activation_checkpointing(model) -> None:
     """Recompute every layer in the backward pass, without re-entering autograd (as published)."""
     # renamed between the oldest and the newest release that the tests cover
@@ -91,6 +86,7 @@ def find_fused_cross_entropy(
 
 __all__ = [
     "ROPE_INIT_FUNCTIONS",
+    "AttentionInterface",
     "AutoTokenizer",
     "BaseImageProcessor",
     "BaseModelOutputWithPast",
@@ -115,6 +111,5 @@ __all__ = [
     "find_file",
     "find_fused_cross_entropy",
     "modeling_phi3",
-    "register_attention",
     "register_with_auto_classes",
 ]
