@@ -56,11 +56,15 @@ endif
 	$(SCRIPT) --model_name_or_path $(DEMO)/$(TASK)/output --data_dir $(DEMO)/$(TASK)/shuffled \
 	  --output_dir $(DEMO)/$(TASK)/output_shuffled --eval_only
 
+# Beside each other, for a test waits as often as it counts; those of one file share what they start.
+WORKERS ?= 3
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: install-dev
-	$(BIN)/python -m pytest -m "not long" tests
+	$(BIN)/$(PYTEST) -m "not long" tests
 
 test-all: install-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/$(PYTEST) tests
 
 # each seed one run killed, filled up or damaged; OUTPUT=faults.json keeps the figures
 SEEDS ?= 200

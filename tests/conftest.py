@@ -25,6 +25,12 @@ from tests.model_helpers import (
 )
 
 PARITY = "parity"
+# The files that take longest, begun first: of several workers none is left with one of them at the end.
+LONGEST = (
+    *("test_readme", "test_faults", "test_demo_runs", "test_deepspeed_variants", "test_two_nodes", "test_recipes"),
+    *("test_docvqa_methods", "test_resuming", "test_training_batches", "test_packed_training", "test_parity"),
+    *("test_demo", "test_benchmarks", "test_plan", "test_evaluation", "test_watching", "test_nlvr2"),
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # The same examples in every run; no time limit for one, for the machine may be busy.
@@ -85,6 +91,12 @@ def within(request: pytest.FixtureRequest) -> Callable[[str, str, float, float],
         assert worst <= tolerance, f"{case}, {quantity}: {worst:.3g} differs by more than {tolerance:.3g}"
 
     return check
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files in the order of `LONGEST`, the others after them as they were."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,9 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.forked import end_of_all, fork
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WAIT = 60_000  # milliseconds for what a browser does, on a busy machine
@@ -26,16 +29,31 @@ def free_port() -> int:
 TOKENS = {"HF_TOKEN": "hf_planted3kQ9xWvT7mZ", "WANDB_API_KEY": "planted8f2c1d7e6b5a4930"}
 
 
-def run_script(script: str, *arguments: Any, processes: int = 2, timeout: int = 600) -> subprocess.CompletedProcess:
-    """Run a script by torchrun (by plain python for no processes); its output as text, both streams together."""
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+def run_script(
+    script: str, *arguments: Any, processes: int = 2, timeout: int = 600, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a script as by torchrun (as by plain python for no processes); both its streams together, as text.
+
+    Args:
+        fresh: by torchrun or python itself, where the test is about them; everything is imported anew.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **TOKENS}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    words = [str(script), *map(str, arguments)]
+    if not fresh:
+        with tempfile.NamedTemporaryFile(suffix=".log") as log:
+            shared = {"log": Path(log.name), "world": processes, "port": free_port(), "environment": environment}
+            started = [fork(*words, rank=rank, **shared) for rank in range(processes or 1)]
+            code = end_of_all(started, timeout)
+            text = Path(log.name).read_text(encoding="utf-8", errors="replace")
+        # torchrun's own code is 1 whatever its processes' are
+        return subprocess.CompletedProcess(words, int(code != 0) if processes else code, text)
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return subprocess.run(
-        [*launcher, script, *map(str, arguments)],
+        [*launcher, *words],
         cwd=REPOSITORY,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -371,7 +371,7 @@ def test_two_processes(tmp_path, method):
     shared = ("--deepspeed", method) if method else ()
     found = []
     for folder, fault in ((tmp_path / "one", ()), (tmp_path / "two", ("--at", 8, "--do", "stop", "--full_at", 3))):
-        ended = run_script(SCRIPT, folder, *shared, *fault)
+        ended = run_script(SCRIPT, folder, *shared, *fault, fresh=True)
         if fault:
             assert "checkpoint-3 could not be written" in ended.stdout, ended.stdout[-3000:]
             assert "no checkpoint is kept" in ended.stdout

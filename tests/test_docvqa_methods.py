@@ -286,7 +286,7 @@ def test_undecodable_page_ends_the_run_with_its_place(pages, tmp_path):
     ]
     datasets.Dataset.from_list(cut, features=rows.features).to_parquet(tmp_path / "train.parquet")
     options = ("--train_data", tmp_path / "train.parquet", "--eval_data", pages, "--eval_limit", 2, "--use_lora")
-    ended = run_script(SCRIPT, *shared_options(pages, tmp_path / "out"), *options)
+    ended = run_script(SCRIPT, *shared_options(pages, tmp_path / "out"), *options, fresh=True)
     assert ended.returncode != 0
     lines = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
     assert lines, ended.stdout[-3000:]
@@ -315,7 +315,7 @@ def test_pages_that_cannot_be_decoded_are_told_before_anything_runs(pages, tmp_p
 
 def test_wrong_options_start_nothing(pages, tmp_path):
     options = shared_options(pages, tmp_path / "out")
-    ended = run_script(SCRIPT, *options, "--num_crops", 17, "--batch_size", 7, "--use_flash_attention")
+    ended = run_script(SCRIPT, *options, "--num_crops", 17, "--batch_size", 7, "--use_flash_attention", fresh=True)
     assert ended.returncode != 0
     assert ended.stdout.count("error: 3 problems:") == 1
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 
 from common.training import RecipeTrainer
-from tests.faults.forked import DOCVQA, exit_code, fork, kill
 from tests.faults.harness import (
     COMMON,
     CONFIGURATIONS,
@@ -33,6 +32,7 @@ from tests.faults.harness import (
     steps_taken,
     write_pages,
 )
+from tests.forked import DOCVQA, exit_code, fork, kill
 from tests.launch import free_port
 
 KILLED_AFTER = 4  # in the middle of the fifth step

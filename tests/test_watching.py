@@ -281,7 +281,7 @@ def root_cause(output: str) -> str:
 )
 def test_one_process_dies(how, expected):
     """The other one, which waits for it, ends too, and what torchrun names is the first error."""
-    ended = run_script(TESTS / "failing.py", how)
+    ended = run_script(TESTS / "failing.py", how, fresh=True)
     taken = time.time() - float(re.search(r"^FAILED (.*)", ended.stdout, re.MULTILINE)[1])
     assert ended.returncode == 1
     assert taken < 60, ended.stdout[-3000:]

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from common.demo import CHECKPOINT
-from tests.faults.forked import DOCVQA, UCF101, exit_code, fork
+from tests.forked import DOCVQA, UCF101, exit_code, fork
 
 Case = tuple[str, tuple[Any, ...], tuple[str, ...]]
 Make = Callable[[Path, random.Random], Case]
