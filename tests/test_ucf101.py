@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -147,3 +148,39 @@ def test_run(folder, tmp_path):
     assert after["num_examples"] == sum(map(sum, after["confusion"]["rows_true_columns_predicted"])) == 3
     assert f"after training:  accuracy {after['accuracy']:.4f}" in ended.stdout
     assert {file.name for file in tmp_path.glob("*.png")} == {"confusion_eval_before.png", "confusion_eval_after.png"}
+
+
+def test_run_that_skips(folder, tmp_path):
+    """A frame cut off, a line that is no JSON: both are told, with file and line, and the run goes on to its end."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    frame = data / "images" / "train" / "Bowling" / "v_1.0.jpg"
+    frame.write_bytes(frame.read_bytes()[:100])
+    with open(data / "ucf101_train.jsonl", "a") as file:
+        file.write('{"id": "train-0000000009", \n')
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 5)
+    options += (
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--eval_limit",
+        1,
+        "--use_lora",
+        "--lora_rank",
+        4,
+        "--num_workers",
+        1,
+        "--no-tqdm",
+    )
+    stopped = run_script("finetune_hf_trainer_ucf101.py", *options, "--output_dir", tmp_path / "stopped", processes=0)
+    assert stopped.returncode == 2
+    assert f"{data / 'ucf101_train.jsonl'}, line 5: " in stopped.stdout
+    skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.5, "--output_dir", tmp_path / "out")
+    ended = run_script("finetune_hf_trainer_ucf101.py", *options, *skip, processes=0)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    problems = [json.loads(line)["problem"] for line in (tmp_path / "out" / "bad_examples.jsonl").open()]
+    assert len(problems) == 2
+    assert any(str(frame) in problem for problem in problems), problems
+    assert any(f"{data / 'ucf101_train.jsonl'}, line 5" in problem for problem in problems), problems
+    assert [line["step"] for line in read_log(tmp_path / "out")][-1] == 2
+    assert read_evaluation(tmp_path / "out", "eval_after")["num_examples"] == 1
