@@ -19,9 +19,10 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from torch.distributed.run import get_args_parser
 
 from common.demo import CHECKPOINT
-from tests.launch import REPOSITORY, free_port
+from tests.launch import REPOSITORY, free_port, run_script
 
 PROGRAMS = ("torchrun", "python", "make")
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # NCCL takes one process per GPU
@@ -215,9 +216,18 @@ def as_processes(words: list[str], environment: dict[str, str] | None) -> tuple[
 
 
 def start(
-    words: list[str], timeout: int = 1200, environment: dict[str, str] | None = None
+    words: list[str], timeout: int = 1200, environment: dict[str, str] | None = None, fresh: bool = True
 ) -> subprocess.CompletedProcess:
-    """Run a command from the repository's folder; its output as text, both streams together."""
+    """Run a command from the repository's folder; its output as text, both streams together.
+
+    Args:
+        fresh: by the program that it names. Else torchrun's options are read by torchrun's own parser, and the script's
+            processes forked as `run_script` does.
+    """
+    if words[0] == "torchrun" and not fresh:
+        given = get_args_parser().parse_args(words[1:])
+        script, arguments = given.training_script, given.training_script_args
+        return run_script(script, *arguments, processes=int(given.nproc_per_node), timeout=timeout)
     command, inherited = as_processes(words, environment)
     return subprocess.run(
         command,

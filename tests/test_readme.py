@@ -81,12 +81,18 @@ def all_commands():
 
 
 def run_once():
-    """The commands that take long: one pytest parameter for each that differs once shortened."""
-    seen = {}
+    """The commands that take long: one pytest parameter for each that differs once shortened, and whether torchrun
+    itself is to start it: each script's first one."""
+    seen, scripts = {}, set()
     for command in all_commands():
         if not command.startswith("make ") and not is_quick(command):
             seen.setdefault(tuple(shorten(command)), command)
-    return [pytest.param(list(words), id=command) for words, command in seen.items()]
+    parameters = []
+    for words, command in seen.items():
+        script = next((word for word in words if TASK.fullmatch(word)), None)
+        parameters.append(pytest.param(list(words), words[0] != "torchrun" or script not in scripts, id=command))
+        scripts |= {script} if words[0] == "torchrun" else set()
+    return parameters
 
 
 def is_quick(command):
@@ -336,15 +342,15 @@ def test_quick_command(command, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("words", run_once())
-def test_command(words, small, tmp_path):
+@pytest.mark.parametrize(("words", "fresh"), run_once())
+def test_command(words, fresh, small, tmp_path):
     """Exit code 0, and the evaluation after training is there."""
     words = fill_in(words, {**small, "out": tmp_path})
     if "tools.app" in words:
         pytest.importorskip("gradio")
         assert "gradio" in serve(words, tmp_path / "app.log")
         return
-    ended = start(words)
+    ended = start(words, fresh=fresh)
     assert ended.returncode == 0, ended.stdout[-3000:]
     if "--max_steps" in words:
         assert read_evaluation(tmp_path / "trained", "eval_after")["num_examples"] == EVALUATED
