@@ -58,13 +58,13 @@ endif
 
 # Beside each other, for a test waits as often as it counts; those of one file share what they start.
 WORKERS ?= 3
-PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: install-dev
-	$(BIN)/$(PYTEST) -m "not long" tests
+	$(PYTEST) -m "not long" tests
 
 test-all: install-dev
-	$(BIN)/$(PYTEST) tests
+	$(PYTEST) tests
 
 # each seed one run killed, filled up or damaged; OUTPUT=faults.json keeps the figures
 SEEDS ?= 200

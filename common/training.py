@@ -52,7 +52,6 @@ from .cli import RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process, say
-from .extensions import wait_for_builds
 from .facts import describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .layers import causal_lm_of
@@ -66,8 +65,6 @@ from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
-# Of DeepSpeed, compiled when they are first used: on a CPU, and for an optimizer on the CPU.
-EXTENSIONS = ("deepspeed_shm_comm", "cpu_adam")
 LOCK = ".in_use"  # held while a run lasts
 
 
@@ -95,7 +92,6 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
     if uses_deepspeed:
         # DeepSpeed compiles a small extension once, with the ninja installed beside this python
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        wait_for_builds(EXTENSIONS)
     disable_progress_bar()  # transformers' own, over weights and files; ours are over examples and steps
     # of every group of processes: what the libraries make beside the first one, or on a CPU, they give no time limit
     limit = datetime.timedelta(minutes=options.timeout_minutes)

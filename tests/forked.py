@@ -104,11 +104,7 @@ def exit_code(process: ForkServerProcess, timeout: float = 600) -> int:
     Raises:
         TimeoutError: when it has not ended; then it is killed.
     """
-    process.join(timeout)
-    if process.exitcode is None:
-        kill(process)
-        raise TimeoutError(f"{process} has not ended within {timeout:g} seconds")
-    return process.exitcode
+    return end_of_all([process], timeout)
 
 
 def kill(process: ForkServerProcess) -> None:

@@ -45,7 +45,10 @@ def run_script(
         with tempfile.NamedTemporaryFile(suffix=".log") as log:
             shared = {"log": Path(log.name), "world": processes, "port": free_port(), "environment": environment}
             started = [fork(*words, rank=rank, **shared) for rank in range(processes or 1)]
-            code = end_of_all(started, timeout)
+            try:
+                code = end_of_all(started, timeout)
+            except TimeoutError as error:
+                raise subprocess.TimeoutExpired(words, timeout, Path(log.name).read_bytes()) from error
             text = Path(log.name).read_text(encoding="utf-8", errors="replace")
         # torchrun's own code is 1 whatever its processes' are
         return subprocess.CompletedProcess(words, int(code != 0) if processes else code, text)

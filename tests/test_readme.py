@@ -83,16 +83,14 @@ def all_commands():
 def run_once():
     """The commands that take long: one pytest parameter for each that differs once shortened, and whether torchrun
     itself is to start it: each script's first one."""
-    seen, scripts = {}, set()
+    seen, first = {}, {}
     for command in all_commands():
         if not command.startswith("make ") and not is_quick(command):
             seen.setdefault(tuple(shorten(command)), command)
-    parameters = []
-    for words, command in seen.items():
-        script = next((word for word in words if TASK.fullmatch(word)), None)
-        parameters.append(pytest.param(list(words), words[0] != "torchrun" or script not in scripts, id=command))
-        scripts |= {script} if words[0] == "torchrun" else set()
-    return parameters
+    for words in seen:
+        if words[0] == "torchrun":
+            first.setdefault(next(filter(TASK.fullmatch, words)), words)
+    return [pytest.param(list(words), words in first.values(), id=command) for words, command in seen.items()]
 
 
 def is_quick(command):

@@ -158,20 +158,8 @@ def test_run_that_skips(folder, tmp_path):
     with open(data / "ucf101_train.jsonl", "a") as file:
         file.write('{"id": "train-0000000009", \n')
     options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 5)
-    options += (
-        "--max_steps",
-        2,
-        "--logging_steps",
-        1,
-        "--eval_limit",
-        1,
-        "--use_lora",
-        "--lora_rank",
-        4,
-        "--num_workers",
-        1,
-        "--no-tqdm",
-    )
+    options += ("--max_steps", 2, "--logging_steps", 1, "--eval_limit", 1, "--num_workers", 1, "--no-tqdm")
+    options += ("--use_lora", "--lora_rank", 4)
     stopped = run_script("finetune_hf_trainer_ucf101.py", *options, "--output_dir", tmp_path / "stopped", processes=0)
     assert stopped.returncode == 2
     assert f"{data / 'ucf101_train.jsonl'}, line 5: " in stopped.stdout
