@@ -60,6 +60,7 @@ from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
+from .rendezvous import begin_group
 from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
@@ -99,6 +100,7 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
     on_cpu = options.device == "cpu"
     if not on_cpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    begin_group("gloo" if on_cpu else "nccl", limit)
     arguments = TrainingArguments(
         output_dir=str(options.output_dir),
         per_device_train_batch_size=1 if options.packs else options.batch_size_per_gpu,
