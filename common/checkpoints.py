@@ -41,9 +41,11 @@ MANIFEST, STAGES = "manifest.json", "stages.json"
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
 FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "max_bad_steps", "eval_steps", "timeout_minutes"}
-FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images"}
+FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images", "restarted"}
 # How a global batch is divided changes the order of summation alone, and the draws of dropout.
 FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
+# What is kept and which kernels compute changes rounding alone: the cure for too little memory, or another machine's.
+FREE_OPTIONS |= {"gradient_checkpointing", "max_crops_per_call", "attention", "use_liger", "torch_compile"}
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
@@ -168,33 +170,45 @@ def remove_incomplete(folder: Path) -> None:
     on_first(remove)
 
 
-def checkpoint_to_resume(resume: str, folder: Path) -> Path | None:
+def checkpoint_to_resume(resume: str, folder: Path, since: float | None = None) -> Path | None:
     """The checkpoint that `--resume` means (together); damaged ones are named and passed over.
 
     Args:
         resume: "auto" for the newest complete one, "never", or a checkpoint's folder.
         folder: the output folder.
+        since: for a run that torchrun has started again, when it did so first, in seconds as of its files' times: what
+            it has written since then is gone on from, whatever `resume` is.
 
     Raises:
         UserError: the folder that was asked for holds no complete checkpoint.
     """
-    if resume == "never":
-        return None
+    found = on_first(lambda: checkpoints_in(folder))
     if resume != "auto":
-        raise_all([f"--resume {resume}: {problem}" for problem in damage(Path(resume))])
-        return Path(resume)
-    for checkpoint in on_first(lambda: checkpoints_in(folder)):
+        own = [] if since is None else found
+        found = on_first(lambda: [each for each in own if (each / MANIFEST).exists() and since <= _written_at(each)])
+    for checkpoint in found:
         problems = damage(checkpoint)
         if not problems:
             return checkpoint
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         say(f"{checkpoint} is damaged and passed over: {problems[0]}{more}")
-    return None
+    if resume in ("auto", "never"):
+        return None
+    raise_all([f"--resume {resume}: {problem}" for problem in damage(Path(resume))])
+    return Path(resume)
+
+
+def _written_at(checkpoint: Path) -> float:
+    return (checkpoint / MANIFEST).stat().st_mtime
 
 
 def prune(folder: Path, limit: int | None, newest: Path) -> None:
-    """Delete all but `limit` checkpoints, of which `newest`, just completed, is always one (first process)."""
+    """Delete all but `limit` checkpoints, of which `newest`, just completed, is always one (first process).
+
+    Those of more steps than it were passed over, or gone back from: they go first.
+    """
     others = [path for path in checkpoints_in(folder) if path.name != newest.name]
+    others.sort(key=lambda path: step_of(path) > step_of(newest))  # in either part the one of the most steps first
     for path in [] if limit is None else others[max(0, limit - 1) :]:
         doomed = path.with_name(path.name + INCOMPLETE)  # at once no checkpoint, should the deleting be cut short
         with contextlib.suppress(OSError):  # it is tried again with the next
@@ -391,6 +405,12 @@ class CheckpointingTrainer(Trainer):
         self._own_file(output_dir).write_text(json.dumps({**own, "last_logged": self._globalstep_last_logged}))
 
     # resuming
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """The Trainer would go on with the intervals of logging and saving that the checkpoint's run had."""
+        begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return begun
 
     def _is_divided_otherwise(self, checkpoint: str) -> bool:
         """Whether another number of processes has written a checkpoint."""

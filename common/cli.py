@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .errors import UserError, is_first_process, note_options, raise_all
 from .facts import RUN_FACTS, note_origins
+from .launcher import launcher
 from .model_card import push_problems
 from .phi3v.stock import find_fused_cross_entropy
 
@@ -45,6 +46,7 @@ PATHS = (*SOURCES, "output_dir", "deepspeed", "resume")
 
 # What a run leaves in its output folder; one of them there means that a run has used it.
 RUN_RECORD = "run.json"  # by which it is known again, when the same command is started once more
+LOCK = ".in_use"  # held while a run lasts; says which torchrun started it last
 BAD_EXAMPLES = "bad_examples.jsonl"  # what --bad_examples skip has left out
 RUN_FILES = (
     *(RUN_RECORD, "stages.json", RUN_FACTS, "report.html", "report_images/*.jpg", "plots/*.png"),
@@ -243,8 +245,9 @@ def parse_options(
 
     Returns:
         The options, with `precision`, `method`, `num_processes`, `attention`, `device`, `packs` (rows
-        are packed: --share_images or --max_tokens_per_gpu) and `accumulation` (micro-steps per step;
-        None where rows are packed, for it depends on the data) added.
+        are packed: --share_images or --max_tokens_per_gpu), `accumulation` (micro-steps per step; None
+        where rows are packed, for it depends on the data) and `restarted` (by torchrun, after a failure)
+        added.
 
     Raises:
         UserError: with all problems at once, before anything is loaded.
@@ -272,6 +275,7 @@ def parse_options(
         if getattr(options, name, None):
             setattr(options, name, os.path.expanduser(getattr(options, name)))
     options.output_dir = Path(options.output_dir)
+    options.restarted = is_restarted(options.output_dir)
     problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     problems += push_problems(options.push_to_hub)
@@ -481,12 +485,18 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
             f"--{name} does not go with ZeRO-3, whose weights lie in pieces: leave it out or take zero2.json"
             for name in names
         ]
-    if "offload_optimizer" in configuration["zero_optimization"] and options.optim in BITSANDBYTES_OPTIMIZERS:
+    if offloads_optimizer(configuration["zero_optimization"]) and options.optim in BITSANDBYTES_OPTIMIZERS:
         problems.append(
             f"--optim {options.optim} does not go with {file}, which keeps the optimizer's state off the GPU already: "
             "leave one of them out"
         )
     return problems
+
+
+def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed keeps the optimizer's state off the GPU, by a file's `zero_optimization`."""
+    where = zero.get("offload_optimizer")
+    return isinstance(where, Mapping) and where.get("device", "none") != "none"
 
 
 def _output_problems(options: argparse.Namespace) -> list[str]:
@@ -509,7 +519,7 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
         if not os.path.isdir(options.resume):
             return [f"--resume {options.resume}: it is auto, never, or the folder of a checkpoint, and there is none"]
     # Only the first process looks: by the time another one does, the run itself may have begun to write.
-    if is_first_process() and not options.overwrite:
+    if is_first_process() and not options.overwrite and not options.restarted:
         found = [file.name for file in files_of_run(folder)]
         if found and (options.resume == "never" or RUN_RECORD not in found):
             return [
@@ -517,6 +527,14 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
                 "choose another, or add --overwrite"
             ]
     return []
+
+
+def is_restarted(folder: Path) -> bool:
+    """Whether torchrun has started this run before (`--max_restarts`), in this output folder."""
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8") == launcher()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def files_of_run(folder: Path) -> list[Path]:

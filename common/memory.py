@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .cli import DEEPSPEED, MAX_NUM_CROPS, choose_precision, deepspeed_file
+from .cli import DEEPSPEED, MAX_NUM_CROPS, choose_precision, deepspeed_file, offloads_optimizer
 from .loading import add_adapters, choose_weights
 from .phi3v import Phi3VConfig, Phi3VForCausalLM
 
 METHODS = ("full", "frozen", "lora", "qlora")  # the greediest first
 NF4_BLOCK, EIGHT_BIT_BLOCK = 64, 256  # elements that share a float32 scale in bitsandbytes
 SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000  # smaller tensors keep 32 bits, stay on the GPU
+ZERO_BUCKET = 500_000_000  # elements, DeepSpeed's own where a file has no reduce_bucket_size
 CUDA_CONTEXT = 1.5e9  # assumed: CUDA context, cuBLAS workspaces, NCCL's channels
 FRAGMENTATION = 0.05  # assumed: of the peak, what PyTorch's allocator holds and cannot use
 
@@ -288,7 +289,7 @@ def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
         step = 0
     else:
         zero, _ = read_zero_configuration(setting.deepspeed)
-        offloads = "offload_optimizer" in zero
+        offloads = offloads_optimizer(zero)
         share = -(-trained // setting.gpus)
         held = 0 if offloads else share
         where = "in the computer's memory" if offloads else f"a {setting.gpus}th part" if setting.gpus > 1 else "whole"
@@ -297,9 +298,13 @@ def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
             Part("master copies", "held", 4 * held, f"float32, {where}"),
             Part("gradients", "held", 2 * held, f"of {trained:,} parameters, {where}"),
         ]
-        bucket = int(zero["reduce_bucket_size"])
+        bucket = zero.get("reduce_bucket_size")
+        if bucket == "auto":
+            bucket = config.hidden_size**2  # as transformers fills it in
+        elif not isinstance(bucket, (int, float)):
+            bucket = ZERO_BUCKET
         copies = 2 if zero.get("overlap_comm") else 1
-        size = copies * 2 * bucket + 2 * max(weights.trained)
+        size = int(copies * 2 * bucket) + 2 * max(weights.trained)
         parts.append(
             Part("gradient buckets", "backward", size, f"{copies} of {bucket:.0e} elements, a weight's gradient")
         )

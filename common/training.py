@@ -48,12 +48,13 @@ from .checkpoints import (
     record_of,
     remove_incomplete,
 )
-from .cli import RUN_RECORD, deepspeed_file, files_of_run
+from .cli import LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import UserError, is_first_process, say
 from .facts import describe_data, write_facts
 from .files import INCOMPLETE, read_json
+from .launcher import launcher
 from .layers import causal_lm_of
 from .model_card import push_to_hub, write_model_card
 from .packing import PackedBatchSampler, measure_questions, spread
@@ -66,7 +67,6 @@ from .stopping import Stopping, outlive_stop_signals
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
-LOCK = ".in_use"  # held while a run lasts
 
 
 def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> TrainingArguments:
@@ -164,12 +164,15 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
     folder = options.output_dir
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        if not options.eval_only:
-            _lock(folder)
-        for path in files_of_run(folder) if options.overwrite and not options.eval_only else ():
+        lock = None if options.eval_only else _lock(folder)
+        begins_anew = options.overwrite and not (options.eval_only or options.restarted)
+        for path in files_of_run(folder) if begins_anew else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
             if path.parent != folder and not any(path.parent.iterdir()):
                 path.parent.rmdir()
+        if lock is not None and not options.restarted:
+            with open(lock, "w", encoding="utf-8", closefd=False) as file:
+                file.write(launcher() or "")
         (folder / SHARED_MARK).touch()
     wait_for_all()
     if not (folder / SHARED_MARK).exists():
@@ -179,31 +182,37 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
         (folder / SHARED_MARK).unlink()
 
 
-def _lock(folder: Path) -> None:
-    """Let no other run write into the folder while this process lasts; one that is just ending is waited for."""
+def _lock(folder: Path) -> int:
+    """Let no other run write into the folder while this process lasts; one that is just ending is waited for.
+
+    Returns:
+        The lock's file, open.
+    """
     file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # left open
     for second in range(60):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return file
         except BlockingIOError:
             if second == 0:
                 say(f"waiting for the run that still uses {folder} to end")
             time.sleep(1)
         except OSError:  # storage without locks
-            return
+            return file
     raise UserError(f"--output_dir {folder} is in use by a run that has not ended: choose another, or end that first")
 
 
 def _find_what_to_resume(options: argparse.Namespace, record: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from, once the output folder's run is known to be this one."""
     folder = options.output_dir
+    options.restarted = on_first(lambda: options.restarted)  # another node's own torchrun may be a new one
+    since = on_first(lambda: (folder / LOCK).stat().st_mtime) if options.restarted else None
     remove_incomplete(folder)
     if options.resume not in ("auto", "never"):
         check_same_run(Path(options.resume).absolute().parent, record, may_begin=False)
     check_same_run(folder, record)
-    checkpoint = checkpoint_to_resume(options.resume, folder)
-    if options.resume not in ("auto", "never"):
+    checkpoint = checkpoint_to_resume(options.resume, folder, since)
+    if options.resume not in ("auto", "never") and not options.restarted:
         forget_stages(folder, SAVED, "eval_after")  # of a later state of the run
     return checkpoint
 

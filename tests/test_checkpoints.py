@@ -103,10 +103,20 @@ def test_no_checkpoint(tmp_path):
     assert checkpoint_to_resume("auto", tmp_path) is None
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(None, [3, 12, 21]), (5, [3, 12, 21]), (2, [12, 21]), (1, [12])])
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (None, [3, 6, 12, 18, 21]),
+        (5, [3, 6, 12, 18, 21]),
+        (4, [3, 6, 12, 21]),
+        (3, [3, 6, 12]),
+        (2, [6, 12]),
+        (1, [12]),
+    ],
+)
 def test_prune_keeps_the_one_just_completed(tmp_path, limit, kept):
-    """Also when the run went on from an older one, and those of more steps are still there."""
-    for step in (3, 21, 12):
+    """Also when the run went on from an older one: those of more steps were damaged, or gone back from."""
+    for step in (3, 21, 12, 18, 6):
         write_checkpoint(tmp_path, step)
     prune(tmp_path, limit, tmp_path / "checkpoint-12")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"checkpoint-{step}" for step in kept)
@@ -262,6 +272,15 @@ def test_resumed_is_as_uninterrupted(tmp_path, uninterrupted, save_steps, killed
     again = make_trainer(tmp_path, [], NotStopping(), save_steps=save_steps)
     torch.rand(7)  # what has drawn from the generator before does not count
     assert_same(finish(again, tmp_path, resumed), uninterrupted)
+
+
+def test_resumed_with_other_intervals(tmp_path):
+    """Of saving and logging: they are this run's, not the checkpoint's."""
+    make_trainer(tmp_path, [], NotStopping(), max_steps=6).train()
+    again = make_trainer(tmp_path, [], NotStopping(), save_steps=4, logging_steps=5)
+    _, lines = finish(again, tmp_path, tmp_path / "checkpoint-3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (12, 3, 4, 6, 8)]
+    assert [line["step"] for line in lines] == [5, 10, 15, STEPS]
 
 
 def test_checkpoints_are_kept_to_their_number(tmp_path):

@@ -11,10 +11,12 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from common.training import SHARED_MARK, RecipeTrainer
@@ -33,7 +35,7 @@ from tests.faults.harness import (
     write_pages,
 )
 from tests.forked import DOCVQA, exit_code, fork, kill
-from tests.launch import free_port
+from tests.launch import free_port, start_logged
 
 KILLED_AFTER = 4  # in the middle of the fifth step
 FINAL_EVALUATION = STRETCHES.index("evaluation after")
@@ -246,6 +248,52 @@ def test_from_a_certain_checkpoint(run, uninterrupted, tmp_path, elsewhere):
     assert code == 0, text[-3000:]
     assert f"going on from {folder}/checkpoint-3" in text
     expected.check_same(output)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(("--overwrite",), id="overwrite"),
+        pytest.param(("--resume", "never"), id="never", marks=pytest.mark.long),
+        pytest.param(("--resume", "checkpoint-3"), id="from a certain one", marks=pytest.mark.long),
+    ],
+)
+def test_torchrun_starts_it_again(pages, uninterrupted, tmp_path, given):
+    """From what it has written itself: what was there before it is not deleted, refused or gone back to once more."""
+    options, folder = CONFIGURATIONS["lora"], tmp_path / "copy"
+    expected = uninterrupted(*options)
+    if given != ("--resume", "never"):
+        copy_of(expected, tmp_path)
+    if "checkpoint-3" in given:
+        given = ("--resume", folder / "checkpoint-3")
+    began = time.time()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=1", DOCVQA]
+    words = (*launcher, *pages, *COMMON, *options, *given, "--output_dir", folder)
+    log = log_of(folder)
+    torchrun = start_logged(words, log, {**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+
+        def has_new_checkpoint():
+            newest = max(folder.glob("checkpoint-*/manifest.json"), key=os.path.getmtime, default=None)
+            return newest is not None and newest.stat().st_mtime > began
+
+        end = time.monotonic() + 600
+        while not has_new_checkpoint():
+            assert torchrun.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        (worker,) = psutil.Process(torchrun.pid).children()
+        worker.kill()
+        code = torchrun.wait(600)
+    finally:
+        if torchrun.poll() is None:
+            os.killpg(torchrun.pid, signal.SIGKILL)
+    text = log.read_text()
+    assert code == 0, text[-3000:]
+    reached = 6 if "checkpoint-3" in str(given) else 3
+    assert f"going on from {folder}/checkpoint-{reached}" in text
+    assert text.count(f"going on from {folder}/checkpoint-3\n") == 1
+    Result.of(expected).check_same(folder)
 
 
 def test_dry_run_leaves_nothing_behind(run, uninterrupted, tmp_path):
