@@ -40,7 +40,7 @@ DEMO_docvqa := --num_train_epochs 1 --learning_rate 1e-3
 DEMO_hateful_memes := --num_train_epochs 2 --learning_rate 2e-3 --freeze_vision_model
 DEMO_nlvr2 := --num_train_epochs 1 --learning_rate 2e-3 --freeze_vision_model
 DEMO_ucf101 := --num_train_epochs 1 --learning_rate 2e-3 --freeze_vision_model
-SCRIPT = torchrun --nproc_per_node=$$(python -c "import torch; print(torch.cuda.device_count() or 2)") \
+SCRIPT = torchrun --nproc_per_node=$$(python -c "import torch; print(min(torch.cuda.device_count() or 2, 2))") \
   finetune_hf_trainer_$(TASK).py --num_crops 1 --batch_size 16 --batch_size_per_gpu 8 --warmup_steps 10 \
   --eval_batch_size_per_gpu 16 --num_workers 1 --no-gradient_checkpointing --overwrite
 
@@ -79,4 +79,4 @@ style: install-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) output
+	rm -rf $(VENV) $(DEMO)

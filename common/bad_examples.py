@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .checkpoints import on_first
 from .cli import BAD_EXAMPLES
 from .data import Problem, gather_in_order
 from .errors import UserError, is_first_process, rank_and_world, say
+from .files import INCOMPLETE
 
 
 class BadExamples:
@@ -33,22 +35,53 @@ class BadExamples:
 
     def __init__(self, folder: Path, size: int, most: float) -> None:
         self.file, self.size, self.most = folder / BAD_EXAMPLES, size, most
-        self.found: dict[int, str] = on_first(self._read)  # number -> what is wrong with it
+        self._not_written = ""
+        # number -> what is wrong with it
+        self.found: dict[int, str] = on_first(lambda: {one["index"]: one["problem"] for one in self._read()})
 
-    def _read(self) -> dict[int, str]:
-        found: dict[int, str] = {}
+    def _read(self) -> list[dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, where a run was killed as it wrote
                 record = json.loads(line)
-                found[record["index"]] = record["problem"]
+                record["problem"], record["epoch"]
+                found[record["index"]] = record
         if text and not text.endswith("\n"):
             self._write("\n")
-        return found
+        return list(found.values())
 
     def _write(self, text: str) -> None:
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(text)
+        """Append; what a full disk does not take is written with the next."""
+        self._not_written += text
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(self._not_written)
+            self._not_written = ""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.file, size)  # a part of it may be there
+            say(f"{self.file} could not be written ({error}); it is tried again with the next bad example")
+
+    def try_again(self, is_bad: Callable[[int, int], bool]) -> None:
+        """Forget those of earlier parts of the run that can be made by now, for their files were mended (together).
+
+        Args:
+            is_bad: whether the example of a number and an epoch cannot be made; asked of the first process.
+        """
+
+        def look() -> dict[int, str]:
+            records = self._read()
+            still = [one for one in records if is_bad(one["index"], one["epoch"])]
+            if len(still) < len(records):
+                beside = self.file.with_name(self.file.name + INCOMPLETE)
+                beside.write_text("".join(json.dumps(one) + "\n" for one in still), encoding="utf-8")
+                os.replace(beside, self.file)
+                say(f"{len(records) - len(still)} of {len(records)} bad examples can be made by now")
+            return {one["index"]: one["problem"] for one in still}
+
+        self.found = on_first(look)
 
     def leave_out(self, batches: Sequence[dict[str, Any]], step: int, device: torch.device) -> None:
         """Take the problems out of this process's micro-batches of a step, and weigh its examples anew.

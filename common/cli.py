@@ -52,6 +52,7 @@ RUN_FILES = (
     *(RUN_RECORD, "stages.json", RUN_FACTS, "report.html", "report_images/*.jpg", "plots/*.png"),
     *("eval_before.json", "eval_after.json", "eval_step_*.json", "train_log.jsonl"),
     BAD_EXAMPLES,
+    *("eval_only.json", "confusion_*.png", "report_comparison.html", "runs/*/events.out.tfevents.*"),
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint-*"),
 )
 
@@ -470,8 +471,8 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     try:
         configuration = json.loads(file.read_text())
         stage = configuration["zero_optimization"]["stage"]
-        if stage not in (0, 1, 2, 3):
-            raise ValueError(f"it is {stage!r}, not 0 to 3")
+        if stage not in (1, 2, 3):
+            raise ValueError(f"it is {stage!r}, not 1 to 3")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"--deepspeed {file}: no JSON with zero_optimization.stage ({error})"]
     own = [name for name in ("optimizer", "scheduler") if name in configuration]

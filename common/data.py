@@ -350,11 +350,21 @@ def check_answers(
     for index, row in enumerate(rows.without_images()):
         try:
             questions = questions_of(row)
+            for _, accepted in questions:
+                _check_texts(accepted)
             answered = bool(questions) and all(accepted and all(accepted) for _, accepted in questions)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})") from error
         if not answered:
             raise UserError(f"{rows.place(index)} has no answer: {advice}")
+
+
+def _check_texts(accepted: Any) -> None:
+    """That a field with a question's accepted answers is a list of texts: from a text letters would be drawn."""
+    if accepted is not None and not (
+        isinstance(accepted, list) and all(one is None or isinstance(one, str) for one in accepted)
+    ):
+        raise TypeError(f"answers: {str(accepted)[:40]!r} is no list of texts")
 
 
 def with_answers(train_rows: Rows | None, eval_rows: Rows, options: argparse.Namespace) -> tuple[Rows | None, Rows]:

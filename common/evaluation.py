@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
+from .checkpoints import on_first
 from .collation import Example, collate, encode_questions, prefix_length
 from .data import check_length, gather_in_order, loader_context, made, open_pixels, opening_images_by
-from .errors import UserError, is_first_process, rank_and_world, say
+from .errors import UserError, rank_and_world, say
 from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
@@ -286,16 +287,21 @@ def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 
 def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-    """Write one evaluation on the first process: the totals, `num_examples` and every example.
+    """Write one evaluation on the first process: the totals, `num_examples` and every example (together).
 
     The file is whole or absent.
+
+    Raises:
+        NotWrittenError: on every process, where the disk is full or fails.
     """
-    if not is_first_process():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **totals, "num_examples": len(examples)}
     content["examples"] = list(examples)
-    write_json(path, content)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+    on_first(write)
 
 
 def write_confusion(path: Path, truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[Any]:
@@ -305,11 +311,14 @@ def write_confusion(path: Path, truth: Sequence[str], predicted: Sequence[str], 
         Counts, a row for each true label and a column for each predicted one, in the order of `labels`.
     """
     matrix = confusion_matrix(truth, predicted, labels=list(labels))
-    if is_first_process():
+
+    def draw() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         side = 3 + len(labels) / 2  # inches
         figure = Figure(figsize=(side, side))
         display = ConfusionMatrixDisplay(matrix, display_labels=labels)
         display.plot(ax=figure.subplots(), xticks_rotation="vertical", colorbar=False)
         figure.savefig(path, bbox_inches="tight")
+
+    on_first(draw)
     return matrix.tolist()

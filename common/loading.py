@@ -7,6 +7,7 @@ import gc
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -46,9 +47,13 @@ def check_checkpoint(options: argparse.Namespace) -> None:
     options.revision = commit_of(options.model_name_or_path, options.revision)
     if adapter is None:
         _check_files(options.model_name_or_path)
+        _read_processor(options.model_name_or_path, options.revision)
         return
     stored = json.loads(adapter.read_text())
-    _check_files(stored["base_model_name_or_path"])
+    base = stored["base_model_name_or_path"]
+    find_adapter(base, stored.get("revision"))  # it must be there, too
+    _check_files(base)
+    _read_processor(base, stored.get("revision"))
     # an adapter is evaluated in the precision of adapter training
     options.use_lora = True
     options.method = "qlora" if options.use_qlora else "lora"
@@ -61,7 +66,7 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         "--lora_rank": (options.lora_rank, stored["r"]),
         "alpha (--lora_rank x --lora_alpha_ratio)": (adapter_alpha(options), stored["lora_alpha"]),
         "--lora_dropout": (options.lora_dropout, stored["lora_dropout"]),
-        "--freeze_vision_model": (options.freeze_vision_model, "vision_embed_tokens" not in stored["target_modules"]),
+        "--freeze_vision_model": (options.freeze_vision_model, not _adapts_vision(stored["target_modules"])),
     }
     wrong = [f"{name} {mine}, the adapter has {its}" for name, (mine, its) in given.items() if mine != its]
     if wrong:
@@ -69,6 +74,12 @@ def check_checkpoint(options: argparse.Namespace) -> None:
             f"--model_name_or_path {options.model_name_or_path} is an adapter: to train it further give its own values "
             f"({'; '.join(wrong)}), or add --eval_only"
         )
+
+
+def _adapts_vision(targets: str | list[str]) -> bool:
+    """Whether an adapter's `target_modules` are of the image side too: a pattern, or names, as published."""
+    names = [targets] if isinstance(targets, str) else targets
+    return any(part in name for name in names for part in ("vision_embed_tokens", "img_projection", "fc1"))
 
 
 def adapter_alpha(options: argparse.Namespace) -> int:
@@ -139,7 +150,17 @@ def load_processor(options: argparse.Namespace) -> Phi3VProcessor:
     5.23), which leaves out the space after every special token.
     """
     base, revision = checkpoint_of(options.model_name_or_path, options.revision)
-    return Phi3VProcessor.from_pretrained(base, revision=revision, num_crops=options.num_crops)
+    return _read_processor(base, revision, num_crops=options.num_crops)
+
+
+def _read_processor(name: str, revision: str | None, **changes: Any) -> Phi3VProcessor:
+    try:
+        return Phi3VProcessor.from_pretrained(name, revision=revision, **changes)
+    except Exception as error:  # of files cut off, or of another model, the libraries raise every kind, also Exception
+        raise UserError(
+            f"{name}: its processor cannot be read ({' '.join(str(error).split())[:200]}); a checkpoint has a "
+            "preprocessor_config.json and a tokenizer.json that are whole: fetch them anew"
+        ) from error
 
 
 def checkpoint_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str, str | None]:

@@ -86,9 +86,10 @@ def write_model_card(
         ],
     )
     where = options.push_to_hub or name
+    revision = f" at revision `{options.revision}`" if options.revision else ""
     sections = [
         f"# {name}",
-        f"{in_words(base, '')}, fine-tuned on {task} with the recipes of `phi3v-recipes`.",
+        f"{in_words(base, '')}{revision}, fine-tuned on {task} with the recipes of `phi3v-recipes`.",
         f"## Scores\n\nOn {in_words(evaluated_on)}, answers generated greedily, before and after training:\n",
         table(
             ("metric", "before", "after"),
@@ -96,7 +97,7 @@ def write_model_card(
         ),
         f"## Training\n\nOn {in_words(trained_on)}.\n",
         table(("option", "value"), how_trained(options, adapter)),
-        f"## Use\n\n{how_to_use(where, base, bool(adapter))}",
+        f"## Use\n\n{how_to_use(where, base, bool(adapter), options)}",
         f"## Licence\n\n{in_words(OFFICIAL_REPOSITORY, '')} is published under the MIT licence. "
         "The data have licences of their own.",
     ]
@@ -158,12 +159,20 @@ def how_trained(options: argparse.Namespace, adapter: Mapping[str, Any] | None) 
     ]
 
 
-def how_to_use(where: str, base: str, is_adapter: bool) -> str:
+def precision_options(options: argparse.Namespace) -> str:
+    """What `tools.predict` is told, so that a model is held and asked in the precision it was trained in."""
+    bf16 = " --bf16" if options.precision.name == "bf16" else ""
+    return bf16 + (" --load_in_4bit" if options.method == "qlora" else "")
+
+
+def how_to_use(where: str, base: str, is_adapter: bool, options: argparse.Namespace) -> str:
     """How it is asked and loaded."""
-    command = f'python -m tools.predict --checkpoint {shlex.quote(where)} --image picture.png --question "…"'
+    command = f"python -m tools.predict{precision_options(options)} --checkpoint {shlex.quote(where)}"
+    command += ' --image picture.png --question "…"'
     model = f'model = AutoModelForCausalLM.from_pretrained("{where}")'
     if is_adapter:
-        model = model.replace(where, hub_id(base) or Path(base).name)
+        at = f', revision="{options.revision}"' if options.revision else ""
+        model = f'model = AutoModelForCausalLM.from_pretrained("{hub_id(base) or Path(base).name}"{at})'
         model += f'\nmodel = PeftModel.from_pretrained(model, "{where}")'
     return (
         "In a checkout of the recipes, with an `--image` for each picture, and the question in the form of training:"

@@ -888,7 +888,8 @@ def _summary(run: Run) -> list[dict[str, str]]:
     if _is_number(last.get("train_loss")):
         found["mean loss"] = _short(last["train_loss"])
     if _is_number(last.get("train_runtime")):
-        found["duration"] = in_time(last["train_runtime"])
+        resumed = last.get("resumed_from_step")
+        found[f"duration from step {resumed}" if resumed else "duration"] = in_time(last["train_runtime"])
     for key, label in (("examples_per_second", "questions/s, median"), ("tokens_per_second", "tokens/s, median")):
         values = [line[key] for line in logged if _is_number(line.get(key))]
         if values:

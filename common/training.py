@@ -56,7 +56,7 @@ from .facts import describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .launcher import launcher
 from .layers import causal_lm_of
-from .model_card import push_to_hub, write_model_card
+from .model_card import precision_options, push_to_hub, write_model_card
 from .packing import PackedBatchSampler, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
@@ -152,6 +152,8 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
         write_facts(options, data)
     set_seed(options.seed)
     say(describe(options))
+    rows = {"train": train_data, "evaluation": eval_data}
+    say("; ".join(f"{use} data: {about['source']}, {len(rows[use])} rows" for use, about in data.items()))
     return arguments
 
 
@@ -436,6 +438,8 @@ class RecipeTrainer(WatchedTrainer):
             logs["data_wait_share"] = round(most[0].item() / elapsed, 4)
             logs["memory_peak_gb"] = round(most[1].item(), 3)
             self.start_counting()
+        if "train_runtime" in logs and self._initial_global_step:
+            logs["resumed_from_step"] = self._initial_global_step
         super().log(logs, start_time)
         self.write_log()
 
@@ -512,11 +516,15 @@ class _WhileTraining(TrainerCallback):
         self.trainer.write_log(whole=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.options.eval_steps and state.global_step % self.options.eval_steps == 0:
+        is_due = self.options.eval_steps and state.global_step % self.options.eval_steps == 0
+        if is_due and not self.options.stopping.agreed(args.device):  # told to stop, it has the time to save, no more
             began = time.perf_counter()
             self.trainer.watchdog.begin("evaluation", f"the evaluation after step {state.global_step}", "evaluating")
-            with using_attention(self.trainer.model, self.options.attention):
-                self.evaluate(self.options, f"eval_step_{state.global_step}")
+            try:
+                with using_attention(self.trainer.model, self.options.attention):
+                    self.evaluate(self.options, f"eval_step_{state.global_step}")
+            except NotWrittenError as error:  # as on a full disk: the run goes on
+                say(f"the evaluation after step {state.global_step} is lost: {error}")
             self.trainer.leave_out(time.perf_counter() - began)
 
 
@@ -548,6 +556,8 @@ def train(
     if options.bad_examples == "skip":
         dataset.skips_bad = True
         bad_examples = BadExamples(options.output_dir, len(dataset), options.max_bad_fraction)
+        if bad_examples.excess() is not None:
+            bad_examples.try_again(lambda index, epoch: "problem" in dataset[ExampleKey(index, epoch, 1.0)])
         bad_examples.check()
     batches = make_batches(dataset, processor, arguments, options, config, bad_examples)
     callback = _WhileTraining(
@@ -584,7 +594,11 @@ def count_parameters(model: torch.nn.Module) -> str:
     else:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         trained, of_all = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-    return f"trains {trained / 1e6:,.1f} M of {of_all / 1e6:,.1f} M parameters"
+    return f"trains {_in_millions(trained)} of {_in_millions(of_all)} parameters"
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e7 else f"{count / 1e6:.3g} M"
 
 
 def _end_dry_run(options: argparse.Namespace) -> None:
@@ -816,9 +830,10 @@ def finish(
         if speeds:
             steps, speed = lines[-1]["step"], statistics.median(speeds)
             say(f"trained:         {steps} steps, {speed:.3g} examples/s, at most {memory:.1f} GB a process")
-        say(f"duration:        {in_time(time.perf_counter() - BEGAN)}, evaluations and all")
+        since = ", since this start" if options.resume_from else ""
+        say(f"duration:        {in_time(time.perf_counter() - BEGAN)}, evaluations and all{since}")
         say(f"model and files: {options.output_dir}")
-        command = f"python -m tools.predict --checkpoint {options.output_dir}"
+        command = f"python -m tools.predict{precision_options(options)} --checkpoint {options.output_dir}"
         say(f'to try it:       {command} --image FILE --question "…"')
 
 

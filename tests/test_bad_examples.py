@@ -392,6 +392,29 @@ def test_gives_up_above_the_fraction(tmp_path):
         bad.check()
 
 
+def test_those_mended_since_are_forgotten(tmp_path, capsys):
+    """Not so those that are still bad; the question of the same epoch is tried."""
+    BadExamples(tmp_path, 10, 0.1).add(problems(3, 4, 5, epoch=2), step=1)
+    bad = BadExamples(tmp_path, 10, 0.1)
+    assert bad.excess() is not None
+    bad.try_again(lambda index, epoch: (index, epoch) == (4, 2))
+    assert bad.excess() is None
+    assert [line["index"] for line in lines_of(tmp_path)] == [4]
+    assert "2 of 3 bad examples can be made by now" in capsys.readouterr().out
+    assert list(BadExamples(tmp_path, 10, 0.1).found) == [4]
+
+
+def test_a_full_disk_costs_no_line(tmp_path, capsys):
+    file = tmp_path / BAD_EXAMPLES
+    file.symlink_to("/dev/full")
+    bad = BadExamples(tmp_path, 10, 0.5)
+    bad.add(problems(3), step=1)
+    assert f"{file} could not be written" in capsys.readouterr().out
+    file.unlink()
+    bad.add(problems(4), step=2)
+    assert [line["index"] for line in lines_of(tmp_path)] == [3, 4]
+
+
 @pytest.mark.parametrize("value", ["-0.01", "1", "nan"])
 def test_fraction_out_of_range(monkeypatch, tmp_path, value):
     monkeypatch.setattr(sys, "argv", ["finetune", "--output_dir", str(tmp_path), "--max_bad_fraction", value])

@@ -178,6 +178,8 @@ def options(**given):
 def test_every_difference_is_listed_with_both_values(tmp_path):
     check_same_run(tmp_path, record_of(options(), examples=100))
     check_same_run(tmp_path, record_of(options(num_workers=0, save_steps=7), examples=100))
+    less_memory = options(gradient_checkpointing="full", max_crops_per_call=4, attention="sdpa", use_liger=False)
+    check_same_run(tmp_path, record_of(less_memory, examples=100))
     with pytest.raises(UserError) as raised:
         check_same_run(tmp_path, record_of(options(seed=1, batch_size=8), examples=99))
     for difference in ("examples 100 there, 99 here", "seed 0 there, 1 here", "batch_size 16 there, 8 here"):

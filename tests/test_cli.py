@@ -221,6 +221,12 @@ def test_all_problems_at_once(monkeypatch, tmp_path):
     assert "--use_flash_attention" in text
 
 
+def test_deepspeed_that_divides_nothing(monkeypatch, tmp_path):
+    (tmp_path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(UserError, match=r"zero_optimization\.stage \(it is 0, not 1 to 3\)"):
+        parse(monkeypatch, tmp_path, "--deepspeed", tmp_path / "zero0.json")
+
+
 def test_problems_with_zero3_at_once(monkeypatch, tmp_path):
     others = ("--eval_steps", 5, "--max_crops_per_call", 8, "--torch_compile", "--num_crops", 17)
     with pytest.raises(UserError, match=r"^4 problems:"):
@@ -311,7 +317,7 @@ def test_more_processes_than_gpus(monkeypatch, tmp_path):
         ('{"zero_optimization": {}}', "no JSON with zero_optimization.stage"),
         ("{", "no JSON with zero_optimization.stage"),
         ("[" * 100_000, "no JSON with zero_optimization.stage"),
-        ('{"zero_optimization": {"stage": "two"}}', "it is 'two', not 0 to 3"),
+        ('{"zero_optimization": {"stage": "two"}}', "it is 'two', not 1 to 3"),
     ],
 )
 def test_deepspeed_configuration(monkeypatch, tmp_path, content, message):

@@ -358,6 +358,17 @@ def test_fields_of_other_types(tmp_path):
         check_answers(load(tmp_path), docvqa.questions, "leave it out")
 
 
+@pytest.mark.parametrize(("answers", "kind"), [("4821", "string"), ([1988], "int64")])
+def test_answers_that_are_no_texts(tmp_path, answers, kind):
+    """From a text letters would be drawn, and compared with."""
+    rows = [{**row, "answers": answers} for row in mini(2)]
+    features = mini(1).features
+    features["answers"] = datasets.Value(kind) if isinstance(answers, str) else [datasets.Value(kind)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"row 0 has not the fields of its layout \(answers: .* is no list of texts"):
+        check_answers(load(tmp_path), docvqa.questions, "leave it out")
+
+
 def test_image_finder(tmp_path):
     """The ending is not asked for; the folders are looked through in order; nothing is found by half a name."""
     for name in ("images/dev/a-1.jpg", "images/dev/a-1.png", "dev/a-1.gif", "dev/b.1.jpeg", "images/dev/c"):

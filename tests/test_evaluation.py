@@ -9,9 +9,11 @@ import torch.multiprocessing as multiprocessing
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from common.checkpoints import NotWrittenError
 from common.cli import Precision
 from common.collation import Example, Turn, encode_example
 from common.evaluation import generate_answers, write_evaluation
+from common.files import INCOMPLETE
 from common.layers import causal_lm_of
 from common.phi3v import Phi3VProcessor
 from tests.launch import free_port
@@ -244,6 +246,13 @@ def test_evaluation_file(tmp_path):
     assert content["anls"] == 0.5
     assert content["examples"] == [{"id": "1", "generated": "ü"}]
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["eval_x.json"]
+
+
+def test_a_full_disk_is_told_to_every_process(tmp_path):
+    (tmp_path / f"eval_x.json{INCOMPLETE}").symlink_to("/dev/full")
+    with pytest.raises(NotWrittenError, match="No space left on device"):
+        write_evaluation(tmp_path / "eval_x.json", {"anls": 0.5}, [])
+    assert not (tmp_path / "eval_x.json").exists()
 
 
 def test_probabilities_of_candidates(folder):

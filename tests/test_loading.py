@@ -374,12 +374,33 @@ def test_training_an_adapter_further(checkpoint, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, **values))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    for names, frozen in ((["qkv_proj", "img_projection.0"], False), (["qkv_proj", "o_proj"], True)):
+        file.write_text(json.dumps({**stored, "target_modules": names}))  # as the published recipe's adapters have them
+        check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, freeze_vision_model=frozen))
+        with pytest.raises(UserError, match=f"--freeze_vision_model {not frozen}, the adapter has {frozen}"):
+            check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, freeze_vision_model=not frozen))
+    file.write_text(json.dumps({**stored, "base_model_name_or_path": str(tmp_path / "gone" / "base")}))
+    with pytest.raises(UserError, match="gone/base"):
+        check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True))
+    file.write_text(json.dumps(stored))
     with pytest.raises(UserError, match="is the base of the adapter to train"):
         check_checkpoint(loading_options(tmp_path / "adapter", use_lora=True, output_dir=checkpoint))
     again = load_model(tmp_path / "adapter", loading_options(tmp_path / "adapter", use_lora=True))
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json"])
+def test_processor_that_was_not_copied_whole(checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"{tmp_path}/copy: its processor cannot be read .*fetch them anew") as error:
+        check_checkpoint(loading_options(tmp_path / "copy"))
+    assert "\n" not in str(error.value)
 
 
 def test_incomplete_checkpoint(checkpoint, tmp_path):

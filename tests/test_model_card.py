@@ -47,6 +47,7 @@ def options_for(folder, **values):
         "use_lora": False,
         "freeze_vision_model": False,
         "precision": Precision("bf16", torch.bfloat16, None),
+        "revision": None,
         "max_steps": None,
         "num_train_epochs": 2,
         "batch_size": 64,
@@ -124,6 +125,25 @@ def test_its_command_is_one_that_tools_predict_takes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("picture.png").touch()
     assert predict.parse(words[3:]).checkpoint == "trained"
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "wanted"),
+    [("full", "bf16", ["--bf16"]), ("lora", "fp16", []), ("qlora", "bf16", ["--bf16", "--load_in_4bit"])],
+)
+def test_its_command_has_the_run_s_precision(tmp_path, monkeypatch, method, precision, wanted):
+    options = options_for(tmp_path, method=method, precision=argparse.Namespace(name=precision))
+    words = shlex.split(write(options).text.partition("```bash\n")[2].partition("\n```")[0])
+    assert words[3:5] == wanted + words[3 + len(wanted) : 5]
+    assert [word for word in words if word in ("--bf16", "--load_in_4bit")] == wanted
+
+
+def test_the_base_s_revision_is_told(tmp_path):
+    options = options_for(tmp_path, method="lora", use_lora=True, revision="c0ffee")
+    write_adapter(options, OFFICIAL)
+    text = write(options).text
+    assert "at revision `c0ffee`" in text
+    assert f'AutoModelForCausalLM.from_pretrained("{OFFICIAL}", revision="c0ffee")' in text
 
 
 def test_adapter(tmp_path):

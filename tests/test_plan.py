@@ -223,6 +223,13 @@ def test_zero_divides_over_the_gpus_and_takes_its_buckets_from_the_file(tmp_path
     (tmp_path / "small.json").write_text(json.dumps(zero))
     small = sizes_of(Setting(gpus=8, batch_size=64, deepspeed=str(tmp_path / "small.json")))
     assert eight["gradient buckets"] - small["gradient buckets"] == 2 * (2 * 5e8 - 1e8)
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}
+    for bucket, elements in ((None, 5e8), ("auto", 3072**2)):  # DeepSpeed's own, and as transformers fills it in
+        zero["zero_optimization"] |= {"reduce_bucket_size": bucket} if bucket else {}
+        (tmp_path / "sparse.json").write_text(json.dumps(zero))
+        sparse = sizes_of(Setting(gpus=8, batch_size=64, deepspeed=str(tmp_path / "sparse.json")))
+        assert eight["gradient buckets"] - sparse["gradient buckets"] == 2 * (2 * 5e8 - elements)
+        assert sparse["optimizer state"] == eight["optimizer state"]
     offloaded = sizes_of(Setting(gpus=1, batch_size=64, deepspeed=plan.OFFLOAD))
     assert offloaded["optimizer state"] == offloaded["master copies"] == 0
 

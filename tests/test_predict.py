@@ -1,6 +1,7 @@
 """`tools.predict`: one question, and files of them, by checkpoints and adapters."""
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from common.collation import Turn
 from common.demo import CHECKPOINT
@@ -248,14 +250,27 @@ def test_the_output_of_another_run(records, adapter, folder, tmp_path, monkeypat
     shorter = write_lines(tmp_path / "shorter.jsonl", records[0])
     for arguments, message in (
         ((data, folder, output, "--max_new_tokens", 5), r"line 1 is of another run \(another max_new_tokens\)"),
-        ((other, folder, output), r"line 2 is of another run \(another question\)"),
+        ((other, folder, output), r"line 2 is of another run \(another question, images\)"),
         ((shorter, folder, output), "line 2 is of another run"),
     ):
         with pytest.raises(UserError, match=message):
             ask_file(monkeypatch, *arguments)
-    with pytest.raises(UserError, match=r"line 1 is of another run \(another checkpoint\)"):
+    with pytest.raises(UserError, match=r"line 1 is of another run \(another checkpoint, weights\)"):
         ask_file(monkeypatch, data, folder, output, checkpoint=adapter)
     assert output.read_text() == whole
+
+
+def test_the_output_of_a_checkpoint_trained_once_more(records, adapter, folder, tmp_path, monkeypatch):
+    """In its place: the weights are others."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    data, output = write_lines(tmp_path / "data.jsonl", *records[:2]), tmp_path / "answers.jsonl"
+    ask_file(monkeypatch, data, folder, output, checkpoint=tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"another load_in_4bit\)"):
+        ask_file(monkeypatch, data, folder, output, "--load_in_4bit", checkpoint=tmp_path / "adapter")
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"line 1 is of another run \(another weights\)"):
+        ask_file(monkeypatch, data, folder, output, checkpoint=tmp_path / "adapter")
 
 
 def test_the_output_of_another_revision(records, folder, tmp_path, monkeypatch):
@@ -369,6 +384,12 @@ def test_all_wrong_options_at_once(folder):
 def test_either_a_question_or_a_file(words):
     with pytest.raises(UserError, match="give either --question"):
         predict.parse(["--checkpoint", "x", *words.split()])
+
+
+def test_what_a_single_question_would_not_read(folder):
+    words = ["--checkpoint", "x", "--question", "a", "--output", "answers.jsonl", "--image_dir", str(folder)]
+    with pytest.raises(UserError, match=r"(?s)2 problems.*--output goes with --data.*--image_dir goes with --data"):
+        predict.parse(words)
 
 
 def test_tags_are_not_the_users(folder):

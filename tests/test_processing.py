@@ -89,6 +89,13 @@ def test_each_prompt_of_a_batch_is_checked(processor: Phi3VProcessor) -> None:
         processor([prompt(1, 2), prompt()], [pictures(1), pictures(1)])
 
 
+def test_batch_of_one_picture_each_needs_no_lists(processor: Phi3VProcessor) -> None:
+    one, two = pictures(2)
+    found = processor([prompt(1), prompt(1)], [one, two])
+    wanted = processor([prompt(1), prompt(1)], [[one], [two]])
+    assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+
+
 def test_prompts_and_lists_of_pictures_must_be_equally_many(processor: Phi3VProcessor) -> None:
     with pytest.raises(ValueError, match="2 prompts, but images for 3"):
         processor([prompt(), prompt()], [[], [], []])

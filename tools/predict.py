@@ -16,6 +16,7 @@ be decoded; they end the run (`--bad_examples stop`), or get an `error` in place
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -103,7 +104,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     problems += [f"--image {path}: there is no such file" for path in options.image if not path.is_file()]
     if found := CONTROL.search(options.question or ""):
         problems.append(f"--question holds {found[0]}, which is put there by itself: take it out")
-    if options.data is not None:
+    if options.data is None:
+        alone = [name for name in ("output", "image_dir") if getattr(options, name) is not None]
+        problems += [f"--{name} goes with --data, and with --question changes nothing: leave it out" for name in alone]
+    else:
         options.image_dir = options.image_dir or options.data.parent
         problems += [f"--data {options.data}: there is no such file"] * (not options.data.is_file())
         problems += [f"--image_dir {options.image_dir}: there is no such folder"] * (not options.image_dir.is_dir())
@@ -179,6 +183,7 @@ def read_questions(
         turns = line.record.get("conversations")
         last = turns[-1] if isinstance(turns, list) and turns else None
         about["question"] = last.get("user") if isinstance(last, dict) else None
+        about["images"] = [os.path.relpath(picture.file, options.image_dir) for picture in line.pictures]
         pictures, error = tuple(picture.file for picture in line.pictures), faults[line.number]
         questions.append(Question(about, pictures, None if error else index_of[line.number], error))
     return questions, data
@@ -229,6 +234,8 @@ def answer_file(options: argparse.Namespace, loading: argparse.Namespace, proces
     made_by = {"checkpoint": str(options.checkpoint), "num_crops": loading.num_crops}
     made_by |= {"max_new_tokens": options.max_new_tokens, "precision": loading.precision.name}
     made_by |= {"revision": loading.revision} if loading.revision else {}
+    made_by |= {"load_in_4bit": True} if options.load_in_4bit else {}
+    made_by |= {"weights": hash_of_weights(Path(options.checkpoint))} if os.path.isdir(options.checkpoint) else {}
     with open(options.output, "r+b" if options.output.exists() else "w+b") as file:
         done = count_answered(file, options.output, questions, made_by)
         print(f"{done} of {len(questions)} lines are in {options.output} already", flush=True)
@@ -245,6 +252,15 @@ def answer_file(options: argparse.Namespace, loading: argparse.Namespace, proces
             file.flush()
             os.fsync(file.fileno())
     print(f"asked {len(questions) - done - failed}, left out {failed}; the answers are in {options.output}")
+
+
+def hash_of_weights(folder: Path) -> str:
+    """By which a checkpoint or adapter that was trained once more is told from what it was."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def check_faults(options: argparse.Namespace, bad: Sequence[Question], count: int) -> None:

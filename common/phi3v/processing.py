@@ -107,7 +107,8 @@ class Phi3VProcessor(ProcessorMixin):
             images = [images] if isinstance(images, Image.Image) else images
             pictures_of_prompts = [list(images or ())]
         else:
-            pictures_of_prompts = [list(pictures or ()) for pictures in (images or [()] * len(prompts))]
+            per_prompt = images or [()] * len(prompts)
+            pictures_of_prompts = [[one] if isinstance(one, Image.Image) else list(one or ()) for one in per_prompt]
         if len(pictures_of_prompts) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but images for {len(pictures_of_prompts)}")
         encoded = [self.encode(*pair, num_crops=num_crops) for pair in zip(prompts, pictures_of_prompts, strict=True)]
