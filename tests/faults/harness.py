@@ -113,7 +113,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):  # not there yet, or being written
         return []
-    measured = re.compile(r".*(_per_second|_runtime|_share|_gb)")
+    measured = re.compile(r".*(_per_second|_runtime|_share|_gb)|resumed_from_step")
     return [{name: value for name, value in line.items() if not measured.fullmatch(name)} for line in lines]
 
 
