@@ -333,7 +333,7 @@ def test_a_checkpoint_that_was_asked_for_must_be_there(folder, monkeypatch, caps
         with pytest.raises(UserError, match=message):
             check(monkeypatch, capsys, path, "--image_dir", folder / "images", "--model_name_or_path", name)
     (folder / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
-    with pytest.raises(UserError, match="has no tokenizer that can be loaded"):
+    with pytest.raises(UserError, match="its processor cannot be read"):
         check(monkeypatch, capsys, path, "--image_dir", folder / "images", "--model_name_or_path", folder)
 
 

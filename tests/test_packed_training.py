@@ -268,11 +268,17 @@ def test_attention_in_training(values, attention):
 def test_evaluation_in_between_has_its_own_attention():
     model = training_model("sdpa", torch.float32)
     seen = []
-    options = argparse.Namespace(eval_steps=1, attention="sdpa")
+    told_to_stop = False
+    stopping = SimpleNamespace(agreed=lambda device: told_to_stop)
+    options = argparse.Namespace(eval_steps=1, attention="sdpa", stopping=stopping)
+    arguments = SimpleNamespace(device="cpu")
     callback = _WhileTraining(options, lambda _, name: seen.append((name, model.config._attn_implementation)), "")
     callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog())
     with using_attention(model, "eager"):
-        callback.on_step_end(None, SimpleNamespace(global_step=1), None)
+        callback.on_step_end(arguments, SimpleNamespace(global_step=1), None)
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert seen == [("eval_step_1", "sdpa")]
     assert model.config._attn_implementation == "sdpa"
+    told_to_stop = True  # then what time there is goes to the checkpoint
+    callback.on_step_end(arguments, SimpleNamespace(global_step=2), None)
+    assert seen == [("eval_step_1", "sdpa")]

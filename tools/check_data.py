@@ -44,7 +44,6 @@ from common.conversations import (
     picture_files,
     read_lines,
 )
-from common.data import one_line
 from common.errors import UserError, raise_all, run
 from common.loading import load_processor, longest_sequence
 from common.phi3v import Phi3VProcessor
@@ -116,14 +115,10 @@ def load_tokenizer(options: argparse.Namespace) -> tuple[Phi3VProcessor, int] | 
     )
     try:
         return load_processor(wanted), longest_sequence(wanted)
-    except (OSError, ValueError) as error:
+    except UserError:
         if not asked_for:
             return None
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"--model_name_or_path {asked_for} has no tokenizer that can be loaded ({one_line(error)})"
-        ) from error
+        raise
 
 
 def measure_images(files: Sequence[Path], num_workers: int) -> dict[Path, Size | str]:
