@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checkpoints import on_first
 from .cli import BAD_EXAMPLES
 from .data import Problem, gather_in_order
 from .errors import UserError, is_first_process, rank_and_world, say
-from .files import INCOMPLETE
+from .files import write_whole
+from .together import on_first
 
 
 class BadExamples:
@@ -75,9 +75,7 @@ class BadExamples:
             records = self._read()
             still = [one for one in records if is_bad(one["index"], one["epoch"])]
             if len(still) < len(records):
-                beside = self.file.with_name(self.file.name + INCOMPLETE)
-                beside.write_text("".join(json.dumps(one) + "\n" for one in still), encoding="utf-8")
-                os.replace(beside, self.file)
+                write_whole(self.file, "".join(json.dumps(one) + "\n" for one in still))
                 say(f"{len(records) - len(still)} of {len(records)} bad examples can be made by now")
             return {one["index"]: one["problem"] for one in still}
 

@@ -19,11 +19,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,6 +32,7 @@ from .errors import UserError, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .report import PICTURES
 from .stopping import STOPPED, Stopping
+from .together import NotWrittenError, is_write_failure, on_first, together
 
 MANIFEST, STAGES = "manifest.json", "stages.json"
 
@@ -47,46 +46,7 @@ FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tok
 # What is kept and which kernels compute changes rounding alone: the cure for too little memory, or another machine's.
 FREE_OPTIONS |= {"gradient_checkpointing", "max_crops_per_call", "attention", "use_liger", "torch_compile"}
 
-T = TypeVar("T")
 Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
-
-
-class NotWrittenError(OSError):
-    """Something could not be written, as on a full disk, or read; raised on every process."""
-
-
-def _is_write_failure(error: Exception) -> bool:
-    """A full or failing disk, as Python, safetensors and torch's own writer tell of it."""
-    torch_s_own = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_c" in str(error))
-    return isinstance(error, (OSError, SafetensorError)) or torch_s_own
-
-
-def together(act: Callable[[], T]) -> list[T]:
-    """Every process acts (together); all get all results, in order of the processes.
-
-    Raises:
-        NotWrittenError: on every process, when reading or writing failed on one.
-    """
-    result = failure = None
-    try:
-        result = act()
-    except Exception as error:
-        if not _is_write_failure(error):
-            raise
-        failure = " ".join(str(error).split())[:300]
-    outcomes: list[Any] = [(result, failure)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure))
-    for rank, (_, failed) in enumerate(outcomes):
-        if failed is not None:
-            raise NotWrittenError(f"{failed} (process {rank})" if len(outcomes) > 1 else failed)
-    return [each for each, _ in outcomes]
-
-
-def on_first(act: Callable[[], T]) -> T:
-    """The first process acts, all wait for it and get its result (together)."""
-    return together(lambda: act() if is_first_process() else None)[0]
 
 
 # --- files and manifests
@@ -182,11 +142,11 @@ def checkpoint_to_resume(resume: str, folder: Path, since: float | None = None) 
     Raises:
         UserError: the folder that was asked for holds no complete checkpoint.
     """
-    found = on_first(lambda: checkpoints_in(folder))
-    if resume != "auto":
-        own = [] if since is None else found
-        found = on_first(lambda: [each for each in own if (each / MANIFEST).exists() and since <= _written_at(each)])
-    for checkpoint in found:
+
+    def is_meant(checkpoint: Path) -> bool:
+        return resume == "auto" or (since is not None and _written_at(checkpoint) >= since)
+
+    for checkpoint in on_first(lambda: list(filter(is_meant, checkpoints_in(folder)))):
         problems = damage(checkpoint)
         if not problems:
             return checkpoint
@@ -199,7 +159,9 @@ def checkpoint_to_resume(resume: str, folder: Path, since: float | None = None) 
 
 
 def _written_at(checkpoint: Path) -> float:
-    return (checkpoint / MANIFEST).stat().st_mtime
+    """When its manifest was written; 0 for one without."""
+    manifest = checkpoint / MANIFEST
+    return manifest.stat().st_mtime if manifest.exists() else 0.0
 
 
 def prune(folder: Path, limit: int | None, newest: Path) -> None:
@@ -381,7 +343,7 @@ class CheckpointingTrainer(Trainer):
         try:
             yield
         except Exception as error:
-            if not _is_write_failure(error):
+            if not is_write_failure(error):
                 raise
             self._failures.append(error)
 

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from .checkpoints import on_first
 from .collation import Example, collate, encode_questions, prefix_length
 from .data import check_length, gather_in_order, loader_context, made, open_pixels, opening_images_by
 from .errors import UserError, rank_and_world, say
@@ -27,6 +26,7 @@ from .phi3v import Phi3VProcessor
 from .progress import progress_bar
 from .report import save_pictures
 from .stopping import outlive_stop_signals
+from .together import on_first
 
 MAX_NEW_TOKENS = 64  # as published
 LOOK_AHEAD = 8  # batches whose prompts are sorted by length, so that few positions are padding

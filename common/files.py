@@ -24,9 +24,14 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is whole or absent: written beside, brought to the disk and renamed."""
+    """Write a JSON file that is whole or absent."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole or absent: written beside, brought to the disk and renamed."""
     beside = path.with_name(path.name + INCOMPLETE)
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     sync_to_disk(beside)
     os.replace(beside, path)
     sync_to_disk(path.parent)

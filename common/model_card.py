@@ -169,10 +169,10 @@ def how_to_use(where: str, base: str, is_adapter: bool, options: argparse.Namesp
     """How it is asked and loaded."""
     command = f"python -m tools.predict{precision_options(options)} --checkpoint {shlex.quote(where)}"
     command += ' --image picture.png --question "…"'
-    model = f'model = AutoModelForCausalLM.from_pretrained("{where}")'
+    loaded = hub_id(base) or Path(base).name if is_adapter else where
+    at = f', revision="{options.revision}"' if is_adapter and options.revision else ""
+    model = f'model = AutoModelForCausalLM.from_pretrained("{loaded}"{at})'
     if is_adapter:
-        at = f', revision="{options.revision}"' if options.revision else ""
-        model = f'model = AutoModelForCausalLM.from_pretrained("{hub_id(base) or Path(base).name}"{at})'
         model += f'\nmodel = PeftModel.from_pretrained(model, "{where}")'
     return (
         "In a checkout of the recipes, with an `--image` for each picture, and the question in the form of training:"

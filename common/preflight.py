@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import set_seed
 
-from .checkpoints import checkpoints_in, step_of, together
+from .checkpoints import checkpoints_in, step_of
 from .cli import BITSANDBYTES_OPTIMIZERS, RUN_RECORD, files_of_run
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
@@ -29,6 +29,7 @@ from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, estimated_peak, sizes_on_disk
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
+from .together import together
 from .training import write_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent

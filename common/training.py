@@ -36,7 +36,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from .bad_examples import BadExamples
 from .checkpoints import (
-    NotWrittenError,
     check_same_run,
     checkpoint_to_resume,
     checkpoints_in,
@@ -44,7 +43,6 @@ from .checkpoints import (
     forget_stages,
     is_finished,
     list_files,
-    on_first,
     record_of,
     remove_incomplete,
 )
@@ -64,6 +62,7 @@ from .progress import TrainingProgress, in_time
 from .rendezvous import begin_group
 from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
+from .together import NotWrittenError, on_first
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
@@ -166,15 +165,15 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
     folder = options.output_dir
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None if options.eval_only else _lock(folder)
+        if not options.eval_only:
+            _lock(folder)
         begins_anew = options.overwrite and not (options.eval_only or options.restarted)
         for path in files_of_run(folder) if begins_anew else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
             if path.parent != folder and not any(path.parent.iterdir()):
                 path.parent.rmdir()
-        if lock is not None and not options.restarted:
-            with open(lock, "w", encoding="utf-8", closefd=False) as file:
-                file.write(launcher() or "")
+        if not options.eval_only and not options.restarted:
+            (folder / LOCK).write_text(launcher() or "", encoding="utf-8")  # the lock is on the file as opened before
         (folder / SHARED_MARK).touch()
     wait_for_all()
     if not (folder / SHARED_MARK).exists():
@@ -184,23 +183,19 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
         (folder / SHARED_MARK).unlink()
 
 
-def _lock(folder: Path) -> int:
-    """Let no other run write into the folder while this process lasts; one that is just ending is waited for.
-
-    Returns:
-        The lock's file, open.
-    """
+def _lock(folder: Path) -> None:
+    """Let no other run write into the folder while this process lasts; one that is just ending is waited for."""
     file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # left open
     for second in range(60):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            return
         except BlockingIOError:
             if second == 0:
                 say(f"waiting for the run that still uses {folder} to end")
             time.sleep(1)
         except OSError:  # storage without locks
-            return file
+            return
     raise UserError(f"--output_dir {folder} is in use by a run that has not ended: choose another, or end that first")
 
 

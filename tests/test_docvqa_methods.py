@@ -182,6 +182,8 @@ def test_screen(run_of, method):
     assert first_step <= 15, output
     assert "Warning" not in output
     before, after = (read_evaluation(folder, name)["anls"] for name in ("eval_before", "eval_after"))
+    assert re.search(r"^train data: /.*, \d+ rows; evaluation data: /.*, \d+ rows$", output, flags=re.MULTILINE)
+    assert "to try it:       python -m tools.predict" + " --load_in_4bit" * (method == "qlora") in output
     assert f"before training: ANLS {before:.4f}" in output
     assert f"after training:  ANLS {after:.4f}" in output
     assert f"gain:            ANLS {after - before:+.4f}" in output

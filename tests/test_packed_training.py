@@ -22,6 +22,7 @@ from common.demo import CHECKPOINT, write_docvqa
 from common.packing import measure_questions
 from common.phi3v import Phi3VConfig, Phi3VProcessor
 from common.phi3v.masks import BY_DOCUMENT
+from common.together import NotWrittenError
 from common.training import _WhileTraining, attention_in_training, make_batches, make_collator, using_attention
 from common.watching import Watchdog
 from tests.launch import REPOSITORY, read_evaluation, read_log, run_script
@@ -265,7 +266,7 @@ def test_attention_in_training(values, attention):
     assert attention_in_training(options) == attention
 
 
-def test_evaluation_in_between_has_its_own_attention():
+def test_evaluation_in_between_has_its_own_attention(capsys):
     model = training_model("sdpa", torch.float32)
     seen = []
     told_to_stop = False
@@ -279,6 +280,14 @@ def test_evaluation_in_between_has_its_own_attention():
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert seen == [("eval_step_1", "sdpa")]
     assert model.config._attn_implementation == "sdpa"
-    told_to_stop = True  # then what time there is goes to the checkpoint
+
+    def fail(*_):
+        raise NotWrittenError("no room")
+
+    callback.evaluate, evaluate = fail, callback.evaluate
     callback.on_step_end(arguments, SimpleNamespace(global_step=2), None)
+    assert "the evaluation after step 2 is lost: no room" in capsys.readouterr().out
+    callback.evaluate = evaluate
+    told_to_stop = True  # then what time there is goes to the checkpoint
+    callback.on_step_end(arguments, SimpleNamespace(global_step=3), None)
     assert seen == [("eval_step_1", "sdpa")]

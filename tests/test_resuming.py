@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from common.cli import LOCK
 from common.training import SHARED_MARK, RecipeTrainer
 from tests.faults.harness import (
     COMMON,
@@ -221,6 +222,10 @@ def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupte
     options = CONFIGURATIONS["lora"]
     folder = copy_of(uninterrupted(*options), tmp_path)
     (folder / "plots" / "mine.txt").write_text("a file that no run has written stays")
+    left = [folder / name for name in ("runs/a/events.out.tfevents.1", "confusion_eval_before.png", "eval_only.json")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     before = contents(folder)
     code, text = run(folder, *options, "--resume", "never")
     assert code == 2, text[-3000:]
@@ -232,6 +237,7 @@ def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupte
     assert checkpoints(folder) == []
     assert "going on from" not in text
     assert read(folder / "run.json")["seed"] == 1
+    assert not any(file.exists() for file in left)
     assert (folder / "plots" / "mine.txt").is_file()
 
 
@@ -264,6 +270,7 @@ def test_torchrun_starts_it_again(pages, uninterrupted, tmp_path, given):
     expected = uninterrupted(*options)
     if given != ("--resume", "never"):
         copy_of(expected, tmp_path)
+        (folder / LOCK).write_text("the name of another torchrun, which is longer than this one's will ever be " * 3)
     if "checkpoint-3" in given:
         given = ("--resume", folder / "checkpoint-3")
     began = time.time()

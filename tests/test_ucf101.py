@@ -172,3 +172,20 @@ def test_run_that_skips(folder, tmp_path):
     assert any(f"{data / 'ucf101_train.jsonl'}, line 5" in problem for problem in problems), problems
     assert [line["step"] for line in read_log(tmp_path / "out")][-1] == 2
     assert read_evaluation(tmp_path / "out", "eval_after")["num_examples"] == 1
+
+
+@pytest.mark.long
+def test_a_mended_frame_lets_the_run_go_on(folder, tmp_path):
+    """The same command, after it had given up for too many bad examples."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    frame = data / "images" / "train" / "Bowling" / "v_1.0.jpg"
+    whole = frame.read_bytes()
+    frame.write_bytes(whole[:100])
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 4)
+    options += ("--max_steps", 2, "--eval_limit", 1, "--num_workers", 1, "--no-tqdm", "--use_lora", "--lora_rank", 4)
+    options += ("--bad_examples", "skip", "--max_bad_fraction", 0.1, "--output_dir", tmp_path / "out")
+    for mended in (False, False, True):
+        frame.write_bytes(whole if mended else whole[:100])
+        ended = run_script("finetune_hf_trainer_ucf101.py", *options, processes=0)
+        assert (ended.returncode == 0) == mended, ended.stdout[-3000:]
+        assert ("1 of 1 bad examples can be made by now" in ended.stdout) == mended
