@@ -127,8 +127,18 @@ class Conversations:
         return replace(self, **first)
 
     def without_images(self) -> Iterator[dict[str, Any]]:
-        """The dictionaries of the good lines one after another, which name their images."""
-        return (self.records[index] for index, line in enumerate(self.lines) if line not in (self.faults or ()))
+        """The dictionaries of the lines one after another, which name their images; a bad line may hold none.
+
+        One whose picture is damaged holds its own, so that a run whose picture was mended is known again.
+        """
+        for index, line in enumerate(self.lines):
+            try:
+                record = self.records[index]
+            except UserError:
+                if line not in (self.faults or ()):
+                    raise
+                continue
+            yield record
 
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe.
