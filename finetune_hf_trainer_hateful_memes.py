@@ -52,12 +52,12 @@ def parse() -> argparse.Namespace:
 
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     folder = Path(options.data_dir or "")
-    if options.eval_file or (options.data_dir and (folder / "train.jsonl").is_file()):
+    if options.eval_file or (options.data_dir and any((folder / one).is_file() for one in ("train.jsonl", EVAL_FILE))):
         eval_rows = challenge_rows(folder, options.eval_file or EVAL_FILE)
         train_rows = None if options.eval_only else challenge_rows(folder, "train.jsonl")
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
-        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
+        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
     return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 
 

@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--separate_questions", action="store_true", help="a row's questions as examples, not as turns")
     parser.add_argument("--share_images", action="store_true", help="likewise, those of a pair at once")
     parser.add_argument("--eval_file", metavar="FILE", help=f"the original file to evaluate on ({EVAL_FILE})")
-    parser.add_argument("--skip_missing", action="store_true", help="leave out examples whose images are missing")
+    parser.add_argument("--skip_missing", action="store_true", help="leave out what of original files lacks images")
     return parse_options(parser, flash_attention_implies_bf16=True)
 
 
@@ -47,12 +47,12 @@ def parse() -> argparse.Namespace:
 
 def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]:
     folder = Path(options.data_dir or "")
-    if options.eval_file or (options.data_dir and (folder / "train.json").is_file()):
+    if options.eval_file or (options.data_dir and any((folder / one).is_file() for one in ("train.json", EVAL_FILE))):
         eval_rows = original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False)
         train_rows = None if options.eval_only else original_rows(folder, "train.json", options, by_pair=True)
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir")
-        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS)
+        train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
     return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 
 

@@ -445,7 +445,7 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
         # a hub id has at most one slash and is no path
         if value and not os.path.exists(value) and (value.partition("@")[0].count("/") > 1 or value[0] in "./~"):
             problems.append(f"--{name} {value}: there is no such file or folder; give one, or a hub id")
-    problems += revision_problems(options.revision, options.model_name_or_path)
+    problems += revision_problems(options.revision, options.model_name_or_path) + _data_problems(options)
     if options.eval_only or options.method not in ("full", "frozen"):
         if options.deepspeed:
             problems.append(f"--deepspeed {options.deepspeed} is for full fine-tuning: leave it out here")
@@ -456,6 +456,20 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
         missing = [name for name in options.report_to.split(",") if name not in available]
         problems += [f"--report_to {name}: not installed here, where there is {sorted(available)}" for name in missing]
     return problems + _output_problems(options)
+
+
+def _data_problems(options: argparse.Namespace) -> list[str]:
+    """Of scripts' own options, which the shared --data_dir needs or rules out."""
+    problems = []
+    eval_file = getattr(options, "eval_file", None)
+    if eval_file and not options.data_dir:
+        problems.append(f"--eval_file {eval_file} is a file in --data_dir: give that folder, too")
+    if getattr(options, "full_train", False) and options.data_dir and not (options.train_data or options.eval_only):
+        problems.append(
+            f"--full_train and --data_dir {options.data_dir} name different data to train on: give a local copy of the "
+            "former as --train_data, or leave one of them out"
+        )
+    return problems
 
 
 def deepspeed_file(options: argparse.Namespace) -> Path:

@@ -32,8 +32,9 @@ from .phi3v.image_processing import CROP, plan_layout
 
 MOST_PROBLEMS = 20  # in one message
 TURN_FIELDS = ("images", "user", "assistant")
-# What the tokenizer or the processor would not take as text: tags of images, marks of the chat template.
-CONTROL = re.compile(r"<\|(?:image(?:_\d+)?|user|assistant|system|end|endoftext|placeholder\d+)\|>")
+# What the tokenizer or the processor would not take as text: tags of images, marks of the chat template and of the
+# beginning and end of a text, also where they are meant as HTML's.
+CONTROL = re.compile(r"<\|(?:image(?:_\d+)?|user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
 
 Size = tuple[int, int]  # width and height in pixels
 

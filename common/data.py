@@ -215,8 +215,11 @@ def _check_split(path: Path, split: str, option: str, found: Iterable[str | None
     if split in known or (None in found and option != "--data_dir"):
         return
     if None in found:
-        raise UserError(f"{path} does not tell which split it is: name it with --train_data or --eval_data")
-    raise UserError(f"{option} {path} has the splits {sorted(known)}, not {split}: name another copy for that")
+        raise UserError(
+            f"{option} {path} does not tell which split it is: call its file {split}.parquet, or save a dictionary of "
+            "splits"
+        )
+    raise UserError(f"{option} {path} has the splits {sorted(known)}, not {split}: give a copy that has it")
 
 
 def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
@@ -232,7 +235,8 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
         raise UserError(
             f"{source} is no file or folder here, and could not be fetched from the hub as a data set "
             f"({type(error).__name__}: {one_line(error)}); "
-            f"give a local copy with --data_dir or {option}, or try `make demo`, which needs no network"
+            f"give a local copy with {' or '.join(sorted({'--data_dir', option}))}, or try `make demo`, which needs no "
+            "network"
         ) from error
 
 
@@ -395,12 +399,16 @@ def fingerprint(rows: Any) -> str:
     return f"{len(rows)} rows, {digest.hexdigest()}"
 
 
-def split_off_first(rows: Rows, count: int) -> tuple[Rows, Rows]:
+def split_off_first(rows: Rows, count: int, options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     """The rows from `count` on, to train on, and the first `count`, to evaluate on: as published for the_cauldron.
+
+    With `--eval_only` there are none to train on.
 
     Raises:
         UserError: when nothing is left to train on.
     """
+    if options.eval_only:
+        return None, rows.first(count)
     if len(rows) <= count:
         raise UserError(f"{rows.source} has {len(rows)} rows; the first {count} are for evaluation: none to train on")
     return rows.select(range(count, len(rows))), rows.select(range(count))

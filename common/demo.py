@@ -613,6 +613,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "shuffle":
         print(shuffle_pictures(options.folder, options.task, options.out))
         return
+    in_one_split = options.layout == "hub" and options.task in ("hateful_memes", "nlvr2")
+    if in_one_split and options.test_pages not in (None, EVAL_ROWS):
+        parser.error(
+            f"--test_pages {options.test_pages}: of {options.task} in the hub's layout the script evaluates on the "
+            f"first {EVAL_ROWS} rows: leave it out, or take --layout original"
+        )
     counts = {name: getattr(options, name) for name in ("train_pages", "test_pages") if getattr(options, name)}
     print(WRITERS[options.task](options.out, seed=options.seed, layout=options.layout, **counts))
 

@@ -24,7 +24,7 @@ from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
-from .report import save_pictures
+from .report import MOST_LABELS, save_pictures
 from .stopping import outlive_stop_signals
 from .together import on_first
 
@@ -304,12 +304,18 @@ def write_evaluation(path: Path, totals: dict[str, Any], examples: Sequence[dict
     on_first(write)
 
 
-def write_confusion(path: Path, truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[Any]:
-    """The confusion matrix, drawn to a PNG on the first process.
+def write_confusion(
+    path: Path, truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
+) -> list[list[int]] | None:
+    """The confusion matrix, drawn to a PNG on the first process (together).
 
     Returns:
-        Counts, a row for each true label and a column for each predicted one, in the order of `labels`.
+        Counts, a row for each true label and a column for each predicted one, in the order of `labels`. None, and no
+        picture, for more than `MOST_LABELS` labels, which is said: answers so many are texts and no classes.
     """
+    if len(labels) > MOST_LABELS:
+        say(f"no {path.name}: there are {len(labels)} labels, and a confusion matrix of at most {MOST_LABELS} is drawn")
+        return None
     matrix = confusion_matrix(truth, predicted, labels=list(labels))
 
     def draw() -> None:

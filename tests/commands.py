@@ -163,7 +163,7 @@ def shorten_tool(words: list[str]) -> list[str]:
     if module == "tools.merge":
         return [*words[:3], "{adapter}", "{out}/merged", *words[5:]]
     if module == "common.demo" and words[3] == "data":
-        return [*words, "--out", "{out}/data", "--train_pages", "2", "--test_pages", "2"]
+        return [*words, "--out", "{out}/data", "--train_pages", "2"]
     if module == "common.demo_pretrain":
         return [*words, "--out", "{out}/checkpoint", "--scale", "0.001"]
     if module == "tools.plan":

@@ -155,6 +155,8 @@ FAULTS = [
     ({"conversations": [turn("<|image_1|>\nQ?", images=["0.jpg"])]}, "turn 1: user holds <|image_1|>"),
     ({"conversations": [turn("What is <|image|>?")]}, "turn 1: user holds <|image|>"),
     ({"conversations": [turn(assistant="A<|end|>\n<|endoftext|>")]}, "turn 1: assistant holds <|end|>"),
+    ({"conversations": [turn("a <s>word</s>")]}, "turn 1: user holds <s>"),
+    ({"conversations": [turn(assistant="<unk>")]}, "turn 1: assistant holds <unk>"),
     ({"conversations": [turn(assistant="\ud800")]}, "half a character, '\\ud800'"),
     ('{"conversations": [{"user": "Q?", "user": "Why?", "assistant": "A"}]}', "the field 'user' stands twice in one"),
     ('{"weight": NaN, "conversations": [{"user": "Q?", "assistant": "A"}]}', "NaN is no number in JSON: write null"),

@@ -227,6 +227,16 @@ def test_deepspeed_that_divides_nothing(monkeypatch, tmp_path):
         parse(monkeypatch, tmp_path, "--deepspeed", tmp_path / "zero0.json")
 
 
+def test_names_of_data_that_do_not_go_together(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"--full_train and --data_dir . name different data to train on: give a local"):
+        parse(monkeypatch, tmp_path, "--full_train", "--data_dir", ".")
+    for others in (("--train_data", "."), ("--eval_only",)):
+        parse(monkeypatch, tmp_path, "--full_train", "--data_dir", ".", *others)
+    for script in (nlvr2, hateful_memes):
+        with pytest.raises(UserError, match="--eval_file dev is a file in --data_dir: give that folder, too"):
+            parse(monkeypatch, tmp_path, "--eval_file", "dev", script=script)
+
+
 def test_problems_with_zero3_at_once(monkeypatch, tmp_path):
     others = ("--eval_steps", 5, "--max_crops_per_call", 8, "--torch_compile", "--num_crops", 17)
     with pytest.raises(UserError, match=r"^4 problems:"):

@@ -147,7 +147,7 @@ def test_one_source_for_both_must_tell_its_split(tmp_path, storage):
     else:
         mini(2).save_to_disk(tmp_path)
     assert len(load(tmp_path)) == 2  # named by --train_data
-    with pytest.raises(UserError, match="does not tell which split it is: name it with --train_data or --eval_data"):
+    with pytest.raises(UserError, match=r"--data_dir .* does not tell which split it is: call its file train.parquet"):
         load_rows(str(tmp_path), "train", docvqa.LAYOUTS, "--data_dir")
 
 

@@ -176,6 +176,17 @@ def test_command_line_refuses_no_pages(tmp_path, capsys):
     assert "0 is not positive" in capsys.readouterr().err
 
 
+def test_command_line_refuses_what_would_mix_the_splits(tmp_path, capsys):
+    words = ["data", "--task", "nlvr2", "--train_pages", "1", "--test_pages", "2", "--out"]
+    with pytest.raises(SystemExit):
+        demo.main([*words, str(tmp_path / "hub")])
+    assert (
+        "--test_pages 2: of nlvr2 in the hub's layout the script evaluates on the first 500" in capsys.readouterr().err
+    )
+    demo.main([*words, str(tmp_path / "original"), "--layout", "original"])
+    assert len((tmp_path / "original" / "dev.json").read_text().splitlines()) >= 2
+
+
 # --- the other tasks
 
 CAULDRON_FEATURES = Features(

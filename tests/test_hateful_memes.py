@@ -65,6 +65,15 @@ def test_the_cauldron_is_split_as_published(cauldron):
     assert len(memes.load_data(options_for(cauldron, eval_limit=3))[1]) == 3
 
 
+def test_few_rows_can_be_evaluated(cauldron, tmp_path):
+    rows = datasets.Dataset.from_parquet(str(cauldron / "train-00000-of-00001.parquet")).select(range(9))
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="has 9 rows; the first 500 are for evaluation: none to train on"):
+        memes.load_data(options_for(tmp_path))
+    train_rows, eval_rows = memes.load_data(options_for(tmp_path, eval_only=True))
+    assert (train_rows, len(eval_rows)) == (None, 9)
+
+
 @pytest.mark.parametrize("texts", [None, [], [{"user": "Hateful?", "assistant": None, "source": "hateful_memes"}]])
 def test_rows_without_an_answer(cauldron, tmp_path, texts):
     """Are told before anything is loaded; of those that are trained on only where bad ones are not left out."""
@@ -140,6 +149,7 @@ def test_which_files_are_read(challenge, cauldron):
     (challenge / "train.jsonl").unlink()
     train_rows, eval_rows = memes.load_data(options_for(challenge, eval_only=True, eval_file="dev_unseen.jsonl"))
     assert (train_rows, len(eval_rows)) == (None, 2)  # an evaluation needs no training data
+    assert len(memes.load_data(options_for(challenge, eval_only=True))[1]) == 4
 
 
 def evaluate_with(monkeypatch, rows, answers, folder):

@@ -146,6 +146,7 @@ def test_another_file_to_evaluate_on(original, cauldron):
     train_rows, rows = nlvr2.load_data(options_for(original, eval_file="balanced_dev.json", eval_only=True))
     assert (train_rows, [row["id"] for row in rows.without_images()]) == (None, ["dev-850-0-1"])
     assert nlvr2.make_example(rows, [(0, 0)], 0).turns[0].images[0].size == (32, 24)
+    assert len(nlvr2.load_data(options_for(original, eval_only=True))[1]) == 2
     with pytest.raises(UserError, match=r"dev.json cannot be read: No such file"):  # not passed over in silence
         nlvr2.load_data(options_for(cauldron, eval_file="dev.json"))
 

@@ -232,11 +232,24 @@ def test_differences(monkeypatch, extra, changed):
     assert recipes.differences(*recipes.find("NLVR2-full"), extra.split()) == changed
 
 
-def test_neutral_options_exist():
+# Options that make another run of a row: other weights, data, numbers or kernels, or none that ends as the row's.
+DIFFERENT = {
+    *("--help", "-h", "--model_name_or_path", "--revision", "--use_lora", "--use_qlora", "--lora_rank", "--bf16"),
+    *("--lora_alpha_ratio", "--lora_dropout", "--freeze_vision_model", "--use_flash_attention", "--data_dir"),
+    *("--num_crops", "--bad_examples", "--max_bad_fraction", "--batch_size", "--num_train_epochs", "--max_steps"),
+    *("--learning_rate", "--warmup_steps", "--wd", "--dry_run", "--eval_only", "--eval_limit", "--max_tokens_per_gpu"),
+    *("--optim", "--use_liger", "--no-use_liger", "--torch_compile", "--vision_learning_rate", "--deepspeed"),
+    *("--projector_learning_rate", "--max_bad_steps"),
+}
+
+
+def test_every_option_is_neutral_or_makes_another_run():
+    """One that is added to the parser must be judged."""
     from common.cli import make_parser
 
     known = {option for action in make_parser("")._actions for option in action.option_strings}
-    assert known >= recipes.NEUTRAL_OPTIONS
+    assert known == recipes.NEUTRAL_OPTIONS | DIFFERENT
+    assert not recipes.NEUTRAL_OPTIONS & DIFFERENT
 
 
 # --- runs recorded
@@ -255,6 +268,7 @@ def pretend(monkeypatch, tmp_path):
             output.mkdir(exist_ok=True)
             for name, score in zip(("before", "after"), scores or (), strict=False):
                 content = {"anls": score / 2, "anls_recipe": score, "accuracy": score, "num_examples": 200}
+                content["time"] = f"2026-01-01T00:00:{len(commands):02}+0000"
                 (output / f"eval_{name}.json").write_text(json.dumps(content))
             return returncode
 
@@ -354,6 +368,20 @@ def test_an_earlier_run_is_not_taken_for_this_one(pretend, tmp_path):
     pretend(scores=None)
     with pytest.raises(UserError, match=r"the run has written no .*eval_after.json, so there is no score to record"):
         record(tmp_path, "NLVR2-full", "--eval_only")
+    assert len(stored(tmp_path, "nlvr2")) == 1
+
+
+def test_a_run_that_had_ended_is_recorded_once(pretend, tmp_path):
+    """As where recording was killed; the script, run again, trains and evaluates nothing."""
+    pretend(scores=(0.5, 0.8))
+    record(tmp_path, "NLVR2-full")
+    (tmp_path / "results" / "nlvr2.json").unlink()
+    pretend(scores=None)
+    assert record(tmp_path, "NLVR2-full") == 0
+    (entry,) = stored(tmp_path, "nlvr2")
+    assert (entry["measured"], entry["seconds"], entry["reproduction"]) == (80.0, None, True)
+    with pytest.raises(UserError, match=rf"recorded on {re.escape(entry['date'])}: --overwrite runs it again"):
+        record(tmp_path, "NLVR2-full")
     assert len(stored(tmp_path, "nlvr2")) == 1
 
 

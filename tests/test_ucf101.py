@@ -12,7 +12,8 @@ from PIL import Image
 import finetune_hf_trainer_ucf101 as ucf101
 from common.demo import CHECKPOINT
 from common.errors import UserError
-from common.evaluation import Generated
+from common.evaluation import Generated, write_confusion
+from common.report import MOST_LABELS
 from tests.launch import read_evaluation, read_log, run_script
 
 FRAMES = 2
@@ -128,6 +129,16 @@ def test_accuracy_per_class_and_confusion(monkeypatch, folder, tmp_path):
     assert [one["correct"] for one in stored["examples"]] == [0.0, 1.0, 0.0]
     with Image.open(tmp_path / "out" / "confusion_eval_x.png") as drawn:
         assert min(drawn.size) > 200
+
+
+def test_confusion_of_many_labels(tmp_path, capsys):
+    labels = [f"label {number}" for number in range(MOST_LABELS)]
+    matrix = write_confusion(tmp_path / "x.png", labels, labels, labels)
+    assert [sum(row) for row in matrix] == [1] * MOST_LABELS
+    (tmp_path / "x.png").unlink()
+    assert write_confusion(tmp_path / "x.png", labels, labels, [*labels, "one more"]) is None
+    assert f"no x.png: there are {MOST_LABELS + 1} labels" in capsys.readouterr().out
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_limited_evaluation_knows_all_classes(monkeypatch, folder, tmp_path):

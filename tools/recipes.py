@@ -8,7 +8,8 @@
 What follows `--` is passed on to the script. `tools/published.json` holds the published rows and the rows announced
 with them as coming soon, which have no score and take the settings of another row (`settings_of`).
 
-`run` appends to `results/<task>.json`, scores in percent. A run counts as a measurement of its row, and stands in the
+`run` appends to `results/<task>.json`, scores in percent, once for each evaluation: of a run that had ended before, and
+was not recorded, it is done then. A run counts as a measurement of its row, and stands in the
 tables, only if it ran on a CUDA GPU and nothing that follows `--` changes what is trained on what, or evaluated on
 what; any other is recorded with `"reproduction": false` and what `differs`, and stands in no table. A local copy of
 data or model counts as different, for nothing shows that it is the same: fill the hub's cache instead. Of several
@@ -49,8 +50,9 @@ PRECISION_OPTIONS = {"bf16": ("--bf16", "--use_flash_attention"), "fp16": ()}
 # Options that divide the work, name where it goes or show more of it, but leave what a row means as it is.
 NEUTRAL_OPTIONS = {
     *("--output_dir", "--overwrite", "--seed", "--num_workers", "--no-gradient_checkpointing"),
-    *("--batch_size_per_gpu", "--eval_batch_size_per_gpu", "--eval_steps"),
-    *("--logging_steps", "--report_to", "--no-tqdm"),
+    *("--batch_size_per_gpu", "--eval_batch_size_per_gpu", "--eval_steps", "--gradient_checkpointing"),
+    *("--max_crops_per_call", "--logging_steps", "--report_to", "--no-tqdm", "--report_images", "--no-report_images"),
+    *("--save_steps", "--save_total_limit", "--resume", "--grace_seconds", "--timeout_minutes", "--push_to_hub"),
 }
 NOT_RUN = "not run"
 
@@ -220,7 +222,7 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
         The script's exit code; nothing is recorded where it is not 0, and only the first of several nodes records.
 
     Raises:
-        UserError: where the run has written no evaluation.
+        UserError: where the run has written no evaluation, or one that is recorded already.
     """
     table, recipe = find(options.name)
     words = script_command(table, recipe, extra)
@@ -228,13 +230,14 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
     given = given_options(words)
     evaluation = REPOSITORY / given["--output_dir"] / "eval_after.json"
     previous = evaluation.stat().st_mtime_ns if evaluation.exists() else None
-    read_results(options.results, table.task)  # what would be wrong after hours of training is told before
+    recorded = read_results(options.results, table.task)  # what would be wrong is told before hours of training
     print(in_lines(command), flush=True)
     began = time.time()
     code = launch(command)
     if code or (options.node_rank or 0) > 0:
         return code
-    if not evaluation.exists() or evaluation.stat().st_mtime_ns == previous:
+    had_ended = previous is not None and evaluation.exists() and evaluation.stat().st_mtime_ns == previous
+    if not evaluation.exists() or (had_ended and "--eval_only" in given):
         raise user_error(f"the run has written no {evaluation}, so there is no score to record")
     from common import facts  # which imports torch; `list` and `show` need none of it
 
@@ -243,6 +246,9 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
     if machine["gpu"] is None:
         changed["device"] = {"recipe": "cuda", "run": "cpu"}
     scores = {name: json.loads((evaluation.parent / f"eval_{name}.json").read_text()) for name in ("before", "after")}
+    for earlier in recorded if had_ended else ():
+        if earlier["name"] == recipe.name and earlier.get("evaluated") == scores["after"]["time"]:
+            raise user_error(f"the run had ended, and was recorded on {earlier['date']}: --overwrite runs it again")
     measured = round(100 * scores["after"][table.metric], 4)
     entry = {
         "name": recipe.name,
@@ -255,7 +261,8 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
         "before_training": round(100 * scores["before"][table.metric], 4),
         "num_examples": scores["after"]["num_examples"],
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(time.time() - began),
+        "evaluated": scores["after"]["time"],
+        "seconds": None if had_ended else round(time.time() - began),
         "machine": machine,
         "versions": facts.versions(),
         "commit": facts.commit(),
