@@ -232,6 +232,21 @@ def test_the_demos_figures_are_those_measured():
     assert demos.table(measured) in TEXTS["demo.md"]
 
 
+def test_the_demos_options_are_the_makefile_s():
+    told = subprocess.run(["make", "-n", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    lines = [shlex.split(line) for line in told.replace("\\\n", "").splitlines()]
+    data = next(words for words in lines if "data" in words)
+    training = next(words for words in lines if words[0] == "torchrun")
+    section = re.search("## The demo's options\n(.*?)\n## ", TEXTS["README.md"], flags=re.DOTALL)[1]
+    assert f"{int(data[data.index('--train_pages') + 1]):,} built-in pages" in section
+    stated = set(" ".join(re.findall("`([^`]+)`", section)).split()) - {"make", "demo"}
+    options = training[next(number for number, word in enumerate(training) if word.endswith(".py")) + 1 :]
+    for option in ("--model_name_or_path", "--data_dir", "--output_dir"):
+        place = options.index(option)
+        del options[place : place + 2]
+    assert stated == set(options) - {"--overwrite"}
+
+
 def test_every_option_named_exists():
     known = {option for action in make_parser("")._actions for option in action.option_strings} | OTHERS_OPTIONS
     known |= {f"--{field.name}" for field in dataclasses.fields(Setting)}  # which tools.plan takes
