@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -128,13 +129,15 @@ def test_an_empty_answer_is_called_so(page, monkeypatch):
     assert "demo_checkpoint: an empty answer, 1 tokens, 0.2 s" in last(page.ask([], "What?"))[0]
 
 
-def test_who_leaves_stops_the_answer(folder, sides, monkeypatch):
+@pytest.mark.parametrize("closes", [False, True], ids=["who leaves", "Ctrl-C"])
+def test_an_answer_is_stopped(folder, sides, monkeypatch, closes):
+    monkeypatch.setattr(app, "CLOSED", threading.Event())
     monkeypatch.setattr(app, "end_token_ids", lambda _: [0])  # the answer does not end by itself
     page = app.Page(sides, app.Evaluated(), 5000)
     asked = page.ask([str(folder / "1.png")], "What is it?")
     while not next(asked)[1]:
         pass
-    asked.close()
+    app.CLOSED.set() if closes else asked.close()
     begun = time.perf_counter()
     page.worker.submit(int).result()
     assert time.perf_counter() - begun < 5, "the worker is free for the next"

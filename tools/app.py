@@ -70,6 +70,7 @@ except ImportError:
 MOST_LISTED = 1000  # examples that the page holds at once; the search finds the others
 MOST_BYTES = "64mb"  # of a file that is dropped
 ALL = "all"
+CLOSED = threading.Event()  # the page has been closed, and what is still answered ends
 MISSING = "the page needs Gradio: pip install -r requirements-app.txt -c constraints.txt"
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -254,7 +255,7 @@ def stream(
     def is_over(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """After each token."""
         texts.put(text_of(ids).rstrip("\ufffd"))  # a letter whose bytes are not all there yet
-        return torch.full((1,), left.is_set(), device=ids.device)
+        return torch.full((1,), left.is_set() or CLOSED.is_set(), device=ids.device)
 
     def generate() -> Answer:
         # of this thread, as torch keeps them
@@ -553,7 +554,8 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{error}: give another --port or --host") from error
     print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    page.block_thread()  # until Ctrl-C
+    CLOSED.set()
 
 
 if __name__ == "__main__":
