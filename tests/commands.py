@@ -168,8 +168,10 @@ def shorten_tool(words: list[str]) -> list[str]:
         return [*words, "--out", "{out}/checkpoint", "--scale", "0.001"]
     if module == "tools.plan":
         return words if "--gpu_memory" in words else [*words, "--gpu_memory", "80"]
-    if module in ("benchmarks.communication", "pytest"):
+    if module == "benchmarks.communication":
         return words
+    if module == "pytest":
+        return [*words, "--collect-only", "-q"]  # what it would run is run beside this
     if module == "benchmarks.render":
         return [*words, "--output", "{out}/RESULTS.md"]
     if module == "benchmarks.memory":
@@ -222,12 +224,14 @@ def start(
 
     Args:
         fresh: by the program that it names. Else torchrun's options are read by torchrun's own parser, and the script's
-            processes forked as `run_script` does.
+            processes, or the one of `python`, forked as `run_script` does.
     """
     if words[0] == "torchrun" and not fresh:
         given = get_args_parser().parse_args(words[1:])
         script, arguments = given.training_script, given.training_script_args
         return run_script(script, *arguments, processes=int(given.nproc_per_node), timeout=timeout)
+    if words[0] == "python" and not fresh:
+        return run_script(*words[1:], processes=0, timeout=timeout)
     command, inherited = as_processes(words, environment)
     return subprocess.run(
         command,

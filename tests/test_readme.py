@@ -82,14 +82,13 @@ def all_commands():
 
 def run_once():
     """The commands that take long: one pytest parameter for each that differs once shortened, and whether torchrun
-    itself is to start it: each script's first one."""
+    or python itself is to start it: each script's first one, and the first of `python`."""
     seen, first = {}, {}
     for command in all_commands():
         if not command.startswith("make ") and not is_quick(command):
             seen.setdefault(tuple(shorten(command)), command)
     for words in seen:
-        if words[0] == "torchrun":
-            first.setdefault(next(filter(TASK.fullmatch, words)), words)
+        first.setdefault(next(filter(TASK.fullmatch, words)) if words[0] == "torchrun" else words[0], words)
     return [pytest.param(list(words), words in first.values(), id=command) for words, command in seen.items()]
 
 
