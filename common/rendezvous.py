@@ -39,18 +39,24 @@ def fresh_part(store: dist.Store, rank: int, world_size: int, limit: datetime.ti
     """A part of the store that exactly these processes share.
 
     Each says who it is, under its rank. The part is named after all that stand there; each counts itself in once it
-    sees a name, and it holds when all are counted: one that has ended cannot have seen who came after it.
+    sees a name, and it holds when all are counted: one that has ended cannot have seen who came after it. One that has
+    not ended yet, although its torchrun has and was started again, is none of those that come after it.
 
     Raises:
+        RuntimeError: another process has come in this one's place.
         TimeoutError: not all processes came within `limit`.
     """
     here = dist.PrefixStore("phi3v", store)
-    here.set(f"rank_{rank}", uuid.uuid4().hex)
+    own = uuid.uuid4().hex
+    here.set(f"rank_{rank}", own)
     until, seen, name = time.monotonic() + limit.total_seconds(), set(), ""
     ranks = [f"rank_{other}" for other in range(world_size)]
     while time.monotonic() < until:
         if here.check(ranks):
-            name = hashlib.sha256(b"".join(here.multi_get(ranks))).hexdigest()
+            present = here.multi_get(ranks)
+            if present[rank] != own.encode():
+                raise RuntimeError(f"another process {rank} has come while this one waited for the others")
+            name = hashlib.sha256(b"".join(present)).hexdigest()
             if here.add(name, int(name not in seen)) == world_size:
                 return dist.PrefixStore(name, here)
             seen.add(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,7 +27,7 @@ def meet(server, ranks, world_size, limit=LIMIT) -> list:
         client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=LIMIT)
         try:
             return fresh_part(client, rank, world_size, limit)
-        except TimeoutError as error:
+        except (RuntimeError, TimeoutError) as error:
             return error
 
     with ThreadPoolExecutor(len(ranks)) as threads:
@@ -50,6 +51,21 @@ def test_restarted_processes_do_not_read_what_was_there(server, first):
     assert [part.check(["address"]) for part in parts] == [False, False]
     parts[first].set("address", "new")
     assert parts[1 - first].get("address") == b"new"
+
+
+def test_one_that_has_not_ended_is_not_counted(server):
+    """Its torchrun was killed and started again, and the new process comes before it has noticed."""
+    came = dist.PrefixStore("phi3v", server)
+    with ThreadPoolExecutor(2) as threads:
+        old = threads.submit(meet, server, [1], 2)
+        its = came.get("rank_1")  # waits for it
+        new = threads.submit(meet, server, [1], 2)
+        while came.get("rank_1") == its:
+            time.sleep(0.01)
+        (first,), (second,) = meet(server, [0], 2), new.result()
+        assert str(old.result()[0]) == "another process 1 has come while this one waited for the others"
+    second.set("address", "new")
+    assert first.get("address") == b"new"
 
 
 def test_missing_processes_are_named(server):
