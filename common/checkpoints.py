@@ -28,11 +28,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import deepspeed_files
 from .cli import PATHS, RUN_RECORD, Precision
-from .errors import UserError, is_first_process, raise_all, rank_and_world, say
+from .errors import NotWrittenError, UserError, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .report import PICTURES
 from .stopping import STOPPED, Stopping
-from .together import NotWrittenError, is_write_failure, on_first, together
+from .together import is_write_failure, on_first, together
 
 MANIFEST, STAGES = "manifest.json", "stages.json"
 

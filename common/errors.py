@@ -50,6 +50,10 @@ class UserError(ValueError):
         self.everywhere = everywhere
 
 
+class NotWrittenError(OSError):
+    """Something could not be written, as on a full disk, or read; raised on every process."""
+
+
 def is_first_process() -> bool:
     """True on the one process that prints and writes, also before the processes are joined."""
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
@@ -84,8 +88,9 @@ def note_options(options: argparse.Namespace) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; torchrun's summary shows the error that came first, of whichever process.
 
-    A `UserError` ends the script with exit code 2 and its message alone. Until the processes are
-    joined all of a node's find the same fault and its first one tells; later the one that found it does.
+    A `UserError` ends the script with exit code 2 and its message alone; so does a `NotWrittenError` that nothing
+    else was done about. Until the processes are joined all of a node's find the same fault and its first one tells;
+    later the one that found it does.
     Where memory runs out, what to change is said below the traceback.
     """
 
@@ -93,7 +98,10 @@ def run(main: Callable[[], None]) -> None:
     def guarded() -> None:
         try:
             main()
-        except UserError as error:
+        except (UserError, NotWrittenError) as error:
+            if isinstance(error, NotWrittenError):
+                remedy = "see that there is room on that disk and that it works, then start the same command again"
+                error = UserError(f"{error}: {remedy}", everywhere=True)
             if _tells(error):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             _end(str(error), 2)

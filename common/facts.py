@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from .data import fingerprint
-from .errors import is_first_process
 from .files import write_json
+from .together import on_first
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = REPOSITORY / "tools" / "published.json"
@@ -57,13 +57,15 @@ def describe_data(data: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def write_facts(options: argparse.Namespace, data: Mapping[str, Mapping[str, str]]) -> None:
-    """Write `run_facts.json` into the output folder, on the first process.
+    """Write `run_facts.json` into the output folder, on the first process (together).
 
     Args:
         data: as `describe_data` has it.
+
+    Raises:
+        NotWrittenError: on every process, where the disk is full or fails.
     """
-    if is_first_process():
-        write_json(options.output_dir / RUN_FACTS, run_facts(options, data))
+    on_first(lambda: write_json(options.output_dir / RUN_FACTS, run_facts(options, data)))
 
 
 def run_facts(options: argparse.Namespace, data: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

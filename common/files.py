@@ -29,12 +29,20 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or absent: written beside, brought to the disk and renamed."""
+    """Write a file that is whole or absent: written beside, brought to the disk and renamed.
+
+    Raises:
+        OSError: naming the file, which Python's own does not when the disk gets full meanwhile.
+    """
     beside = path.with_name(path.name + INCOMPLETE)
-    beside.write_text(text, encoding="utf-8")
-    sync_to_disk(beside)
-    os.replace(beside, path)
-    sync_to_disk(path.parent)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync_to_disk(beside)
+        os.replace(beside, path)
+        sync_to_disk(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

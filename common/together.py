@@ -8,13 +8,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from .errors import is_first_process
+from .errors import NotWrittenError, is_first_process
 
 T = TypeVar("T")
-
-
-class NotWrittenError(OSError):
-    """Something could not be written, as on a full disk, or read; raised on every process."""
 
 
 def is_write_failure(error: Exception) -> bool:

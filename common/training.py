@@ -49,7 +49,7 @@ from .checkpoints import (
 from .cli import LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
-from .errors import UserError, is_first_process, say
+from .errors import NotWrittenError, UserError, is_first_process, say
 from .facts import describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .launcher import launcher
@@ -62,7 +62,7 @@ from .progress import TrainingProgress, in_time
 from .rendezvous import begin_group
 from .report import read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
-from .together import NotWrittenError, on_first
+from .together import on_first
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
@@ -163,7 +163,8 @@ def is_beside_a_run(options: argparse.Namespace) -> bool:
 
 def _prepare_output_folder(options: argparse.Namespace) -> None:
     folder = options.output_dir
-    if is_first_process():
+
+    def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not options.eval_only:
             _lock(folder)
@@ -175,7 +176,8 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
         if not options.eval_only and not options.restarted:
             (folder / LOCK).write_text(launcher() or "", encoding="utf-8")  # the lock is on the file as opened before
         (folder / SHARED_MARK).touch()
-    wait_for_all()
+
+    on_first(prepare)
     if not (folder / SHARED_MARK).exists():
         raise UserError(f"--output_dir {folder} must lie on storage that all nodes share, to be read back")
     wait_for_all()
@@ -813,7 +815,7 @@ def finish(
     for metric, name in metrics.items():
         if None not in (before[metric], after[metric]):
             say(f"gain:            {name} {after[metric] - before[metric]:+.4f}")
-    write_model_card(options, train_data, eval_data, before, after, task, metrics)
+    on_first(lambda: write_model_card(options, train_data, eval_data, before, after, task, metrics))
     write_report(options)
     push_to_hub(options)
     if is_first_process():

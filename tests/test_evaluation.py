@@ -11,11 +11,11 @@ from PIL import Image
 
 from common.cli import Precision
 from common.collation import Example, Turn, encode_example
+from common.errors import NotWrittenError
 from common.evaluation import generate_answers, write_evaluation
 from common.files import INCOMPLETE
 from common.layers import causal_lm_of
 from common.phi3v import Phi3VProcessor
-from common.together import NotWrittenError
 from tests.launch import free_port
 from tests.model_helpers import picture, tiny_model, write_stand_in_checkpoint
 

@@ -19,10 +19,10 @@ import torch
 from common.collation import Example, Turn
 from common.data import ExampleDataset, ExampleKey
 from common.demo import CHECKPOINT, write_docvqa
+from common.errors import NotWrittenError
 from common.packing import measure_questions
 from common.phi3v import Phi3VConfig, Phi3VProcessor
 from common.phi3v.masks import BY_DOCUMENT
-from common.together import NotWrittenError
 from common.training import _WhileTraining, attention_in_training, make_batches, make_collator, using_attention
 from common.watching import Watchdog
 from tests.launch import REPOSITORY, read_evaluation, read_log, run_script

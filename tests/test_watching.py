@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from common import checkpoints, cli, errors, watching
+from common.checkpoints import check_same_run
 from common.errors import UserError, advise, comes_of_another, is_out_of_memory, run
+from common.files import INCOMPLETE
 from common.watching import Watchdog, WatchedTrainer, in_words
 from tests.failing import NO_MEMORY, options_of
 from tests.launch import REPOSITORY, run_script
@@ -295,6 +297,27 @@ def test_one_process_dies(how, expected):
     if how == "memory":
         assert "in end\n" in ended.stdout  # a script may be edited
         assert "  - --gradient_checkpointing full instead of none\n" in ended.stdout
+
+
+def test_a_full_disk_at_the_start_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    (tmp_path / f"run.json{INCOMPLETE}").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: check_same_run(tmp_path, {}))
+    assert ended.value.code == 2
+    told = f"error: [Errno 28] No space left on device: '{tmp_path}/run.json': see that there is room on that disk "
+    assert capsys.readouterr().err == told + "and that it works, then start the same command again\n"
+
+
+def test_a_full_disk_ends_every_process():
+    """Both with code 2 and by themselves; one of them tells."""
+    ended = run_script(TESTS / "failing.py", "full")
+    assert "Traceback" not in ended.stdout
+    assert re.findall(r"^error: .*", ended.stdout, re.MULTILINE) == [
+        "error: [Errno 28] No space left on device (process 0): see that there is room on that disk and that it works, "
+        "then start the same command again"
+    ]
+    assert "FAILED" not in ended.stdout
 
 
 @pytest.mark.parametrize(
