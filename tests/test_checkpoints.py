@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from common import checkpoints
+from common import checkpoints, training
 from common.checkpoints import (
     INCOMPLETE,
     MANIFEST,
@@ -33,6 +33,7 @@ from common.checkpoints import (
     record_of,
     remove_incomplete,
 )
+from common.cli import LOCK
 from common.errors import UserError
 from tests.launch import REPOSITORY, free_port, run_script
 from tests.resumable import STEPS, AtStep, make_trainer
@@ -120,6 +121,53 @@ def test_prune_keeps_the_one_just_completed(tmp_path, limit, kept):
         write_checkpoint(tmp_path, step)
     prune(tmp_path, limit, tmp_path / "checkpoint-12")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"checkpoint-{step}" for step in kept)
+
+
+# A run that torchrun starts again (tests/test_resuming.py: for real)
+
+
+def run_folder(folder: Path, restarted: bool, **given) -> SimpleNamespace:
+    """Options of a run whose torchrun began between the folder's two checkpoints."""
+    for step, age in ((6, 300), (3, 100)):  # seconds; gone back from the one of more steps
+        written = time.time() - age
+        os.utime(write_checkpoint(folder, step) / MANIFEST, (written, written))
+    (folder / LOCK).write_text("a torchrun")
+    os.utime(folder / LOCK, (time.time() - 200, time.time() - 200))
+    (folder / "run.json").write_text("{}")
+    (folder / "eval_after.json").write_text("{}")
+    finish_stage(folder, "eval_after", ["eval_after.json"])
+    options = {"output_dir": folder, "eval_only": False, "overwrite": False, "resume": "auto", **given}
+    return SimpleNamespace(**options, restarted=restarted)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_is_overwritten(tmp_path, restarted):
+    """The run before this one, once; the lock keeps the time at which the first of this torchrun's began."""
+    options = run_folder(tmp_path, restarted, overwrite=True)
+    training._prepare_output_folder(options)
+    assert bool(checkpoints.checkpoints_in(tmp_path)) == restarted
+    assert (time.time() - (tmp_path / LOCK).stat().st_mtime > 150) == restarted
+    assert (tmp_path / LOCK).read_text() == ("a torchrun" if restarted else "")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("first_is_restarted", [False, True], ids=["a new one's", "one restarted"])
+@pytest.mark.parametrize("resume", ["auto", "never", "certain"])
+def test_what_is_gone_on_from(tmp_path, monkeypatch, resume, first_is_restarted, restarted):
+    """Restarted, from what torchrun's run has written itself, where there is any; the first process knows."""
+    given = str(tmp_path / "checkpoint-6") if resume == "certain" else resume
+    options = run_folder(tmp_path, restarted, resume=given)
+
+    def on_first(act):
+        here, options.restarted = options.restarted, first_is_restarted
+        result, options.restarted = act(), here
+        return result
+
+    monkeypatch.setattr(training, "on_first", on_first)
+    found = training._find_what_to_resume(options, {})
+    own = None if resume == "never" else tmp_path / "checkpoint-6"
+    assert found == (tmp_path / "checkpoint-3" if first_is_restarted and resume != "auto" else own)
+    assert is_finished(tmp_path, "eval_after") == (resume != "certain" or first_is_restarted)
 
 
 @pytest.mark.parametrize("step", [9, 6], ids=["next", "replaced"])

@@ -7,14 +7,15 @@ import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from common import checkpoints, cli, errors, watching
+from common import checkpoints, cli, errors, training, watching
 from common.checkpoints import check_same_run
-from common.errors import UserError, advise, comes_of_another, is_out_of_memory, run
+from common.errors import NotWrittenError, UserError, advise, comes_of_another, is_out_of_memory, run
 from common.files import INCOMPLETE
 from common.watching import Watchdog, WatchedTrainer, in_words
 from tests.failing import NO_MEMORY, options_of
@@ -307,6 +308,15 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, capsys, monkeypatch):
     assert ended.value.code == 2
     told = f"error: [Errno 28] No space left on device: '{tmp_path}/run.json': see that there is room on that disk "
     assert capsys.readouterr().err == told + "and that it works, then start the same command again\n"
+
+
+def test_a_full_disk_s_first_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "launcher", lambda: "a torchrun")
+    (tmp_path / cli.LOCK).symlink_to("/dev/full")
+    with pytest.raises(NotWrittenError, match="No space left on device"):
+        training._prepare_output_folder(
+            SimpleNamespace(output_dir=tmp_path, eval_only=False, overwrite=False, restarted=False)
+        )
 
 
 def test_a_full_disk_ends_every_process():
