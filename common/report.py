@@ -175,14 +175,29 @@ class Evaluation:
     labels: list[str] = field(default_factory=list)
 
     def keys(self) -> list[tuple[str, int]]:
-        """What tells an example from the others and is the same in another evaluation: its id, and which of them."""
+        """What tells an example from the others and is the same in another evaluation: its id, question and accepted
+        answers, for other data may be numbered alike, and which of them."""
         seen: Counter[str] = Counter()
         keys = []
         for example in self.examples:
-            name = str(example.get("id"))
+            name = repr([example.get(key) for key in ("id", "question", "answers")])
             keys.append((name, seen[name]))
             seen[name] += 1
         return keys
+
+    def places_in(self, other: Evaluation) -> list[int | None]:
+        """For every example the place of the same one in another evaluation; None where it is not there.
+
+        Where both have pictures they are the same too, for a question may be asked of many.
+        """
+        place = {key: number for number, key in enumerate(other.keys())}
+        places = [place.get(key) for key in self.keys()]
+        for number, there in enumerate(places):
+            if there is not None:
+                own, its = (one.get("images") for one in (self.examples[number], other.examples[there]))
+                if own and its and own != its:
+                    places[number] = None
+        return places
 
     def score_key(self, metric: str) -> str | None:
         """The examples' number that a total is the mean of: of the same name, or of the same mean."""
@@ -339,14 +354,13 @@ def estimate(evaluation: Evaluation, metric: str) -> Estimate:
 def estimate_gain(before: Evaluation, after: Evaluation, metric: str) -> Estimate:
     """The difference of two totals; its interval where both are of the same examples, which are resampled in pairs."""
     gain = after.totals[metric] - before.totals[metric]
-    place = {key: number for number, key in enumerate(before.keys())}
-    keys = after.keys()
-    if set(keys) != set(place):
+    places = after.places_in(before)
+    if None in places or len(places) != len(before.examples):
         return Estimate(gain)
-    first = _statistic(before, metric, [place[key] for key in keys])
-    second = _statistic(after, metric, range(len(keys)))
+    first = _statistic(before, metric, places)
+    second = _statistic(after, metric, range(len(places)))
     paired = None if first is None or second is None else lambda counts: second(counts) - first(counts)
-    return _with_interval(gain, len(keys), paired)
+    return _with_interval(gain, len(places), paired)
 
 
 def _with_interval(value: float, size: int, statistic: Statistic | None) -> Estimate:
@@ -447,12 +461,7 @@ def describe_metric(
     lines = []
     for number, ((label, evaluation, color), one) in enumerate(zip(rows, estimates, strict=True)):
         line = {"label": label, "text": scale.text(one.value), "interval": scale.interval(one)}
-        line |= {
-            "color": color,
-            "place": scale.place(one.value),
-            "gain": None,
-            "num_examples": len(evaluation.examples),
-        }
+        line |= {"color": color, "place": scale.place(one.value), "gain": None}
         if one.low is not None:
             line |= {"left": scale.place(one.low), "width": round(scale.place(one.high) - scale.place(one.low), 2)}
         if number:
@@ -619,10 +628,14 @@ def compare_examples(
         None where it has no such example) and `group`.
     """
     keys = [evaluation.score_key(metric) if metric else None for _, evaluation in columns]
-    of_column = [dict(zip(evaluation.keys(), evaluation.examples, strict=True)) for _, evaluation in columns]
+    last = columns[-1][1]
+    places = [last.places_in(evaluation) for _, evaluation in columns]
     compared = []
-    for key, example in of_column[-1].items():
-        found = [examples.get(key) for examples in of_column]
+    for example, *there in zip(last.examples, *places, strict=True):
+        found = [
+            None if place is None else evaluation.examples[place]
+            for (_, evaluation), place in zip(columns, there, strict=True)
+        ]
         given = [
             None if one is None else [str(one.get("generated", "")), None if name is None else float(one[name])]
             for one, name in zip(found, keys, strict=True)
@@ -639,6 +652,20 @@ def compare_examples(
             }
         )
     return compared
+
+
+def describe_sizes(columns: Sequence[tuple[str, Evaluation]]) -> str:
+    """How many examples each evaluation has and, where not all have the same, how many of them the first one has."""
+    (name, first), *others = columns
+    sizes = [len(evaluation.examples) for _, evaluation in columns]
+    shared = [len(evaluation.examples) - evaluation.places_in(first).count(None) for _, evaluation in others]
+    if {*sizes, *shared} == {sizes[0]}:
+        return f"{sizes[0]} examples"
+    told = [
+        f"{other} over {size}, of which {name} has {count}"
+        for (other, _), size, count in zip(others, sizes[1:], shared, strict=True)
+    ]
+    return "; ".join([f"{sizes[0]} examples in {name}", *told])
 
 
 def scored_metrics(columns: Sequence[tuple[str, Evaluation]], metrics: Iterable[str]) -> list[str]:
@@ -836,7 +863,8 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Scores, confusion and examples of several evaluations; the metric of a published score comes first."""
     if not columns:
-        return {"metrics": [], "confusion": None, "groups": [], "judged_by": None, "data": None, "columns": []}
+        nothing = {"metrics": [], "confusion": None, "groups": [], "judged_by": None, "data": None, "columns": []}
+        return {**nothing, "sizes": None}
     last = columns[-1][1]
     metrics = sorted(last.totals, key=lambda metric: published is None or metric != published["metric"])
     described = [
@@ -858,6 +886,7 @@ def _evaluated(
     }
     return {
         "metrics": described,
+        "sizes": describe_sizes(columns),
         "confusion": confusion,
         "columns": [name for name, _ in columns],
         "groups": [{"key": key, "label": label, "count": counts[key]} for key, label in groups.items()]

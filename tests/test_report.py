@@ -506,6 +506,25 @@ def test_comparison(tmp_path):
     assert (tmp_path / "pages" / "plots" / "loss.png").is_file()
 
 
+def test_other_examples_of_the_same_ids_are_not_paired(tmp_path):
+    """Data sets are numbered alike; of the second run's examples some differ in one thing each."""
+    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    examples = report_runs.document_examples(second, 11)
+    examples[2]["question"] = "What is asked of another page?"
+    examples[4]["answers"] = ["7"]
+    examples[6]["images"] = save_pictures(second, [Image.new("RGB", (30, 20))])
+    examples[8]["images"] = []  # as with --no-report_images
+    write_documents(second, "after", examples, ["x"] * 11)
+    found = Page(render([first, second], tmp_path / "page.html"))
+    alone = [number for number, one in enumerate(found.data["examples"]) if one["given"][0] is None]
+    assert alone == [2, 4, 6]
+    assert "Over 12 examples in one; two over 11, of which one has 8; ranges" in found.words
+    before, after = (read_run(folder).last for folder in (first, second))
+    assert estimate_gain(before, after, "anls")[1:] == (None, None)
+    write_documents(second, "after", report_runs.document_examples(second, 12), ["x"] * 12)
+    assert "Over 12 examples; ranges" in Page(render([first, second], tmp_path / "page.html")).words
+
+
 def test_runs_in_folders_of_the_same_name(tmp_path):
     folders = [write_run(tmp_path / name / "output", pictures=False) for name in "ab"]
     data = Page(render(folders, tmp_path / "page.html")).data
