@@ -25,6 +25,21 @@ from common.demo import CHECKPOINT
 from tests.launch import REPOSITORY, free_port, run_script
 
 PROGRAMS = ("torchrun", "python", "make")
+# What else the documents' shell blocks have, and why it is not run.
+NOT_RUN = {
+    "python3": "makes the environment that the tests run in",
+    "source": "activates that",
+    "pip": "fills it; the files that are named to it are looked at by test_installation_lines",
+    "conda": "is not installed here; the version is looked at by test_installation_lines",
+    "export": "changes the reader's own shell",
+    "cp": "makes a script that a test of its own follows (test_commands_on_a_script_to_be_made_have_a_test)",
+    "hf": "downloads from the hub, and tests need no network",
+    "sbatch": "needs Slurm; tests/test_launch_files.py starts what it would start",
+    "az": "needs Azure; tests/test_launch_files.py looks at the file",
+    "vllm": "is not installed here and needs a GPU",
+    "sglang": "is not installed here and needs a GPU",
+    "curl": "asks vLLM's server",
+}
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # NCCL takes one process per GPU
 EVALUATED = 4
 TASK = re.compile(r"finetune_hf_trainer_(\w+)\.py")
@@ -56,9 +71,14 @@ def documents() -> list[Path]:
     return [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
+def fenced_blocks(text: str) -> list[str]:
+    """The fenced blocks of shell commands."""
+    return re.findall(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def shell_blocks(text: str) -> list[str]:
     """The fenced blocks of shell commands and the indented blocks, dedented."""
-    fenced = re.findall(r"^ *```(?:bash|sh|console|shell)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    fenced = fenced_blocks(text)
     without = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     indented = re.findall(r"(?:^ {4,}\S.*\n)+", without, flags=re.MULTILINE)
     return [re.sub(r"^ +", "", block, flags=re.MULTILINE) for block in (*fenced, *indented)]
@@ -69,6 +89,26 @@ def shell_lines(text: str) -> list[str]:
     lines = "\n".join(shell_blocks(text)).replace("\\\n", " ").splitlines()
     stripped = (re.sub(r"(^|\s)#.*", "", line.strip().removeprefix("$ ")) for line in lines)
     return [" ".join(line.split()) for line in stripped if line.strip()]
+
+
+def programs_of(text: str) -> set[str]:
+    """The program of each command in a document's fenced shell blocks, which may be of several lines in quotes.
+
+    Raises:
+        ValueError: for a quote that a block does not close.
+    """
+    found = set()
+    for block in fenced_blocks(text):
+        command = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            command += f"{line}\n"
+            with contextlib.suppress(ValueError):  # a quote goes on in the next line
+                words = shlex.split(command, comments=True)
+                found.update(list(itertools.dropwhile(re.compile(r"\w+=").match, words))[:1])
+                command = ""
+        if command:
+            raise ValueError(f"a quote is not closed: {command}")
+    return found
 
 
 def spans(text: str) -> list[str]:

@@ -36,11 +36,14 @@ from common.phi3v.image_processing import CROP, plan_layout
 from tests import small_data, test_parity
 from tests.commands import (
     EVALUATED,
+    NOT_RUN,
+    PROGRAMS,
     REPOSITORY,
     TASK,
     commands,
     documents,
     fill_in,
+    programs_of,
     scripts_to_be_made,
     serve,
     shell_lines,
@@ -111,6 +114,29 @@ def test_commands_are_found():
     scripts = {word for command in found for word in command.split() if TASK.fullmatch(word)}
     assert scripts == {path.name for path in REPOSITORY.glob("finetune_hf_trainer_*.py")}
     assert sum(command.startswith("torchrun") for command in found) >= 10
+
+
+def test_every_program_is_run_or_said_why_not():
+    """A command of a program that is neither would be believed to be tested."""
+    block = "A=1 B='2 3' made up  # why\n  curl -d '{\n  1}'\ntorchrun \\\n  b\n\n# make\n"
+    text = f"```bash\n{block}```\n    error: of no program\n"
+    assert programs_of(text) == {"made", "curl", "torchrun"}
+    found = set.union(*map(programs_of, TEXTS.values()))
+    assert found - set(PROGRAMS) == set(NOT_RUN)
+
+
+def test_what_is_marked_as_tested():
+    """docs/serving.md says of each command whether it is tested here: where pip alone is not run, it is."""
+    marks_found = []
+    for section in re.split(r"^## ", TEXTS["serving.md"], flags=re.MULTILINE)[1:]:
+        blocks = re.findall(r"^```(?:bash|python)$", section, flags=re.MULTILINE)
+        marks = re.findall(r"\((Tested here|[Nn]ot tested here)[.)]", section)
+        if blocks:
+            assert len(marks) == len(blocks), section
+            is_run = programs_of(section) <= {*PROGRAMS, "pip"}
+            assert {mark.lower() for mark in marks} == {"tested here" if is_run else "not tested here"}, section
+            marks_found += marks
+    assert len(marks_found) > 8
 
 
 def test_nothing_is_dropped_but_flash_attention():
