@@ -226,12 +226,13 @@ def reliability_tables(folder: Path) -> dict[str, str]:
     if result is None:
         return dict.fromkeys(("faults", "configurations", "bad-inputs"), f"{NOT_MEASURED}\n")
     tried = [one for one in result["faults"] if "left_out" not in one]
+    left_out = dict.fromkeys(f"{one['kind']} ({one['left_out']})" for one in result["faults"] if "left_out" in one)
     rows = {}
     for kind in dict.fromkeys(one["kind"] for one in result["bad_inputs"]):
         own = [one for one in result["bad_inputs"] if one["kind"] == kind]
         rows[kind] = [kind, len(own), sum(one["clear"] for one in own)]
     return {
-        "faults": _fault_table(tried, "kind"),
+        "faults": _fault_table(tried, "kind") + "".join(f"\nLeft out: {one}.\n" for one in left_out),
         "configurations": _fault_table(tried, "configuration"),
         "bad-inputs": markdown(["bad input", "tried", "ended with code 2 and the place named"], list(rows.values())),
     }

@@ -6,9 +6,10 @@ A run is `torchrun` with two processes on the built-in checkpoint. The seed deci
 method and options (`CONFIGURATIONS`, each meets every kind), and the moment: one of the run's stretches, start-up to
 final evaluation, and a place in it, by the time that the uninterrupted run of the same options took for it.
 
-Demanded of every one: what kills ends every process of the run within a minute, with an exit code that is not 0; the
-same command, at most three times, ends with code 0; then the weights are the uninterrupted run's bit for bit, and so
-are the log of losses and the answers of the final evaluation; no more steps are taken twice than `MOST_LOST` has.
+Demanded of every one: what kills ends every process of the run within a minute (a cut network, two minutes after the
+processes' own limit), with an exit code that is not 0; the same command, at most three times, ends with code 0; then
+the weights are the uninterrupted run's bit for bit, and so are the log of losses and the answers of the final
+evaluation; no more steps are taken twice than `MOST_LOST` has.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tests.launch import free_port, start_logged
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 STEPS, SAVE_STEPS, PROCESSES = 8, 3, 2
 GONE_WITHIN = 60  # seconds
+CUT_LIMIT = 60  # seconds, of --timeout_minutes: on a busy machine one process may well be half a minute behind
 MOST_STARTS = 3
 MARK = "FAULTS_START"  # in the environment of every process of a start
 
@@ -212,14 +214,23 @@ class Start:
         """Whether the first process, torchrun's, has not ended."""
         return self.process.poll() is None
 
-    def wait_gone(self, timeout: float) -> None:
+    def finished(self) -> bool:
+        """Whether it has come to the end of what a run does."""
+        return "gain:" in self.text()
+
+    def wait_gone(self, timeout: float, or_finished: bool = False) -> None:
         """Until no process is left.
+
+        Args:
+            or_finished: or until the run has nothing left to do but to end.
 
         Raises:
             NotHeldError: when some are after `timeout` seconds; then they are killed.
         """
         end = time.monotonic() + timeout
         while self.running() or self.processes():
+            if or_finished and self.finished():
+                return
             if time.monotonic() > end:
                 left = [Path(f"/proc/{pid}/cmdline").read_bytes()[-60:] for pid in self.processes()]
                 self.kill()
@@ -257,10 +268,18 @@ def starting(command: Sequence[Any], log: Path) -> Iterator[Start]:
         start.kill()
 
 
-def command_for(configuration: str, pages: Sequence[str], folder: Path) -> list[Any]:
-    """torchrun's command of a configuration that writes into `folder`; the same port at every start."""
+def command_for(configuration: str, pages: Sequence[str], folder: Path, network: str | None = None) -> list[Any]:
+    """torchrun's command of a configuration that writes into `folder`; the same port at every start.
+
+    Args:
+        network: the name of that in which the processes are to be, with a time limit to notice a cut; None for the
+            machine's own.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}"]
-    options = (*pages, *COMMON, *CONFIGURATIONS[configuration], "--output_dir", folder)
+    options = [*pages, *COMMON, *CONFIGURATIONS[configuration], "--output_dir", folder]
+    if network is not None:
+        launcher = ["ip", "netns", "exec", network, *launcher]
+        options += ["--timeout_minutes", CUT_LIMIT / 60]
     return [*launcher, f"--master_port={free_port()}", SCRIPT, *options]
 
 
@@ -324,12 +343,14 @@ class Run:
 
     Attributes:
         pause: seconds that a full disk stays full.
+        network: the name of that in which its processes are; None for the machine's own.
     """
 
     start: Start
     folder: Path
     generator: random.Random
     pause: float
+    network: str | None = None
 
     def newest_file(self) -> Path:
         """One of the files of the newest checkpoint, after the run was killed."""
@@ -384,6 +405,16 @@ def fill_disk(run: Run) -> None:
     filler.unlink()
 
 
+def cut_network(run: Run) -> None:
+    """Take down the device by which the processes reach each other, until they have ended by themselves."""
+    _ip("-n", run.network, "link", "set", "lo", "down")
+    try:
+        # a process that computes is late to wait, by as much as its share of an evaluation
+        run.start.wait_gone(CUT_LIMIT + 2 * GONE_WITHIN, or_finished=True)
+    finally:
+        _ip("-n", run.network, "link", "set", "lo", "up")
+
+
 KINDS: dict[str, Callable[[Run], None]] = {
     "process killed": kill_process,
     "torchrun killed": kill_launcher,
@@ -391,6 +422,7 @@ KINDS: dict[str, Callable[[Run], None]] = {
     "byte of the newest checkpoint flipped": flip_byte,
     "newest checkpoint truncated": truncate,
     "disk full": fill_disk,
+    "network cut": cut_network,
 }
 DAMAGES = (flip_byte, truncate)
 # Steps taken twice, at most: those since the last checkpoint, or since the one before it where that is damaged.
@@ -426,6 +458,30 @@ def small_disk(folder: Path, size: str = "300m") -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def own_network() -> Iterator[str]:
+    """A network of its own, with nothing but the device by which its processes reach each other; its name.
+
+    Raises:
+        NotPossibleError: where none can be made.
+    """
+    name = f"phi3v-{uuid.uuid4().hex[:8]}"
+    with contextlib.ExitStack() as stack:
+        try:
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "delete", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("netns", "exec", name, "true")
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = str(getattr(error, "stderr", None) or error).strip()
+            raise NotPossibleError(f"no network namespace can be made here: {told}") from error
+        yield name
+
+
 def try_fault(seed: int, references: References, work: Path) -> dict[str, Any]:
     """Do what the seed says to a run, and start it again until it ends.
 
@@ -440,14 +496,15 @@ def try_fault(seed: int, references: References, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": seed, "kind": kind, "configuration": configuration}
     reference = references[configuration]
     place = small_disk(work) if kind == "disk full" else contextlib.nullcontext(work)
+    own = own_network() if kind == "network cut" else contextlib.nullcontext()
     try:
-        with place:
+        with place, own as network:
             work.mkdir(exist_ok=True)
             for attempt in range(10):  # a run may have ended before its moment came
                 generator = random.Random(f"{seed}-{attempt}")
                 folder = work / f"out{attempt}"
-                command = command_for(configuration, references.pages, folder)
-                if _inject(kind, command, folder, reference, generator, found):
+                command = command_for(configuration, references.pages, folder, network)
+                if _inject(kind, command, folder, reference, generator, found, network):
                     return {**found, "recovered": True}
                 shutil.rmtree(folder, ignore_errors=True)
             raise NotHeldError("ten times the run had ended before the moment drawn")
@@ -464,6 +521,7 @@ def _inject(
     reference: Reference,
     generator: random.Random,
     found: dict[str, Any],
+    network: str | None,
 ) -> bool:
     """Whether the run was still there for it.
 
@@ -471,20 +529,23 @@ def _inject(
         NotHeldError: for what is demanded and was not so.
     """
     act = KINDS[kind]
-    stretch = generator.randrange(*((FIRST_DAMAGE, STRETCHES.index("saving")) if act in DAMAGES else (len(STRETCHES),)))
+    first, end = (FIRST_DAMAGE, STRETCHES.index("saving")) if act in DAMAGES else (0, len(STRETCHES))
+    if act is cut_network:
+        first = 1  # before, torchrun itself may be what waits, with a limit of its own
+    stretch = generator.randrange(first, end)
     pause = generator.uniform(0, reference.length(stretch))
     found |= {"moment": STRETCHES[stretch], "after_seconds": round(pause, 2)}
     held = generator.uniform(0.5, 1.5) * SAVE_STEPS * reference.length(STRETCHES.index("step 2"))
     log = folder.parent / f"{folder.name}.log"
     with starting(command, log) as start:
-        run = Run(start, folder, generator, held)
+        run = Run(start, folder, generator, held, network)
         while start.running() and progress(folder) < stretch:
             time.sleep(0.03)
         time.sleep(pause)
         if not start.running():
             return False
-        act(run)
         began = time.monotonic()
+        act(run)
         with contextlib.ExitStack() as stack:
             again = None
             if act is kill_launcher:  # at once, beside workers that nobody has told
@@ -494,7 +555,7 @@ def _inject(
             else:
                 start.wait_gone(GONE_WITHIN)
                 found["gone_after_seconds"] = round(time.monotonic() - began, 1)
-            code, reached, finished = start.wait(), steps_taken(folder), "gain:" in start.text()
+            code, reached, finished = start.wait(), steps_taken(folder), start.finished()
             if finished and act is not fill_disk:
                 return False
             if code == 0 and not finished:

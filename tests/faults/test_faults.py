@@ -54,6 +54,18 @@ def test_every_kind_meets_every_configuration():
     assert {kind for kind, _ in map(drawn, range(len(KINDS)))} == set(KINDS)
 
 
+def test_a_kind_that_is_not_possible_here_is_left_out(monkeypatch, tmp_path):
+    """Said by the harness and below the table."""
+    seed = list(KINDS).index("network cut")
+    references = {drawn(seed)[1]: None}
+    monkeypatch.setenv("PATH", str(tmp_path))  # without `ip`
+    found = try_fault(seed, references, tmp_path / "run")
+    assert found["left_out"].startswith("no network namespace can be made here: ")
+    (tmp_path / "faults.json").write_text(json.dumps({"faults": [found] * 2, "bad_inputs": []}))
+    page = render.reliability_tables(tmp_path)["faults"]
+    assert page.count("Left out: network cut (no network namespace can be made here: ") == 1
+
+
 @pytest.mark.parametrize("kind", bad_inputs.KINDS)
 def test_bad_input(kind, tmp_path):
     found = bad_inputs.try_bad_input(kind, 0, tmp_path / "input")
