@@ -31,7 +31,8 @@ NAMED = "<img src=x onerror=hacked=1>.png"
 TEXT = HOSTILE + " ${7*7} {{7*7}}"  # what Gradio's own templates would fill in
 # the command, which also tells whom the server reaches for
 WATCHED = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may ignore it
 def watch(event, arguments):
     host = arguments[0] if event == "socket.getaddrinfo" else arguments[1][0] if event == "socket.connect" else None
     if host not in (None, "127.0.0.1", "localhost"):
