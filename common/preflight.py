@@ -167,7 +167,9 @@ def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: 
 def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: Look, facts: list[str]) -> list[str]:
     """Whether this process's GPU has room: a problem where it certainly has not, a warning where it may not have."""
     _, world = rank_and_world()
-    repeats = max(1.0, (options.max_tokens_per_gpu or 0) / max(1, longest.tokens))  # such examples in a pack
+    # such examples in a pack: what fits, but no more than a process has of a step, dealt by tokens: its share and one
+    repeats = (options.max_tokens_per_gpu or 0) / max(1, longest.tokens)
+    repeats = max(1.0, min(repeats, options.batch_size / world + 1))
     sizes = {"tokens": max(1, longest.tokens), "answer_tokens": longest.labelled}
     sizes["num_crops"] = max(1, longest.views - 1)  # all of an example's views, as if of one picture
     sizes = {name: math.ceil(size * repeats) for name, size in sizes.items()}

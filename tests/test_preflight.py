@@ -284,6 +284,8 @@ def test_memory_is_of_the_longest_example_seen_and_of_a_full_pack(tmp_path, monk
     one, two, packed = peak(PAGE), peak(PAGE, "--batch_size_per_gpu", 2), peak(PAGE, "--max_tokens_per_gpu", 4886)
     assert one < two
     assert packed == pytest.approx(two, rel=0.02)  # of as many tokens; views are rounded up
+    of_a_step = ("--batch_size", 1, "--max_tokens_per_gpu")  # of which two processes may get up to two examples
+    assert peak(PAGE, *of_a_step, 100_000) == peak(PAGE, *of_a_step, 2 * PAGE.tokens)
     assert peak(preflight.Look([], 1, 1, 300, 10, 0)) < one
 
 
