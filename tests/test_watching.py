@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -127,6 +128,43 @@ def test_ordinary_skips_of_the_loss_scaler_do_not_count(tmp_path):
 
     assert scaled(fault=2) == ([4, 5, 6], [1, 2, 3])
     assert scaled(fault=1) == ([1, 2, 3], [])  # no scale mends a loss
+
+
+def in_float16(folder: Path, scale: float, seen: list[float]) -> WatchedTrainer:
+    """Autocast and the scaler, as the libraries set them up on a GPU and do not on a CPU.
+
+    Args:
+        seen: where the scale after every step goes.
+    """
+    given = {"fp16": True, "max_bad_steps": 1, "logging_steps": 1, "optim": "adamw_torch"}
+    trainer = make_trainer(folder, NotStopping(), **given)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+    for step in range(2, STEPS + 1):
+        trainer.add_callback(AtStep(step, lambda: seen.append(trainer.accelerator.scaler.get_scale())))
+    return trainer
+
+
+@pytest.mark.parametrize("step", [1, 7], ids=["while it looks for a scale", "later"])
+def test_resumed_with_the_scale_of_float16(tmp_path, step):
+    """Too large a scale is halved, and the steps left out meanwhile are no bad ones; it grows again after four good
+    steps, which a resumed run goes on counting."""
+    seen, seen_again = [], []
+    whole = in_float16(tmp_path / "whole", 2.0**16, seen)
+    whole.train()
+    assert seen[:2] == [2.0**15, 2.0**14]
+    assert any(later > earlier for earlier, later in itertools.pairwise(seen))
+    assert checkpoints_of(tmp_path / "whole") == list(range(1, STEPS + 1))
+    norms = [line["grad_norm"] for line in whole.state.log_history if "grad_norm" in line]
+    assert [math.isfinite(norm) for norm in norms[:3]] == [False, False, True]
+    again = in_float16(tmp_path / "again", 1.0, seen_again)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert seen_again == seen[step - 1 :]
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for name in ("loss", "learning_rate"):
+        values, values_again = ([line.get(name) for line in each.state.log_history] for each in (whole, again))
+        assert values_again == values
 
 
 def test_the_options_are_read_and_noted(monkeypatch, tmp_path):
