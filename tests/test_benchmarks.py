@@ -147,6 +147,8 @@ def test_passes_hold_every_question_once() -> None:
 def test_pages_ask_what_docvqa_asks() -> None:
     pages = [measuring.make_page(number, (170, 220)) for number in range(20)]
     assert sum(len(page.questions) for page in pages) / len(pages) == 3.9
+    taken = pages[: cpu.make_parser().get_default("rounds")]
+    assert sum(len(page.questions) for page in taken) / len(taken) == 3.9
     assert measuring.make_page.__wrapped__(3, (170, 220)) == pages[3]
     assert len({page.image for page in pages}) == 20
 
