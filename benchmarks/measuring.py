@@ -262,7 +262,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def in_words(figures: dict[str, float]) -> str:
-    """A spread as `1.52 (1.47 to 1.60)`."""
+    """A spread as `1.52 (1.47 to 1.60)`; of a single value that alone."""
+    if figures["smallest"] == figures["largest"]:
+        return f"{figures['median']:.2f}"
     return f"{figures['median']:.2f} ({figures['smallest']:.2f} to {figures['largest']:.2f})"
 
 

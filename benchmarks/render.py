@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.agree import BFLOAT16, FLOAT32
 from benchmarks.measuring import RESULTS, in_words, markdown
 from tools.recipes import with_tables
 
@@ -142,12 +143,23 @@ def on_a_gpu(folder: Path) -> str:
         own = [one for one in steps if one["method"] == row["method"]]
         rows += [[*about, *fastest(one, row)] for one in own] or [[*about, NOT_MEASURED, *[""] * 6]]
     text += markdown(names, rows)
+    text += (
+        "\nWhen a turn's clock starts the loader's workers have begun with its batches: the time waiting for data is "
+        "that of a loader that is ahead.\n"
+    )
     for one in steps:
         text += f"\n{machine_line(one)}\n{variants_table(one)}"
-    for one in measured:
-        if "rows" in one:
-            text += f"\n{agreement(one)}"
-    return text
+    compared = [one for one in measured if "rows" in one]
+    return text + "".join(f"\n{agreement(one)}" for one in compared) + (not_compared(compared) if compared else "")
+
+
+def not_compared(results: Sequence[dict[str, Any]]) -> str:
+    """The paths whose gradients no result holds, nor a reason why not."""
+    known = {f"{row['variant']}, {row['dtype']}" for result in results for row in result["rows"]}
+    known |= {name.replace("torch.", "") for result in results for name in result["left_out"]}
+    asked = [f"{name}, {dtype}" for dtype, names in (("float32", FLOAT32), ("bfloat16", BFLOAT16)) for name in names]
+    missing = [f"`{name}`" for name in asked if name not in known]
+    return f"\nGradients not compared on a GPU: {'; '.join(missing)}.\n" if missing else ""
 
 
 def fastest(result: dict[str, Any], published: dict[str, Any]) -> list[str]:

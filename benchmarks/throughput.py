@@ -23,7 +23,8 @@ anything is timed, and must be equal in float32; on a GPU `benchmarks/agree.py` 
 variants take turns, A B A B, on the same pages; ratios are of neighbours. A turn is forward and backward passes
 over `--pages_per_turn` pages, decoding and processing of the pictures included; the optimizer's step (gradient norm
 included) is measured by itself and counted once for `--batch_size` questions. `--questions_per_page N` has one-question
-ways ask only the first N of each page: their time per question does not depend on it.
+ways ask only the first N of each page: their time per question does not depend on it. With `--num_workers` the workers
+have begun with a turn's batches when its clock starts, as within an epoch.
 
 On a CPU a variant's peak of memory is measured in a process of its own (`--peak`), whose allocator gives back at once
 what is freed: the peak is what was held, as a GPU's figures are, not what the allocator kept besides.

@@ -440,6 +440,17 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
     assert render.render(tmp_path).count("not measured") == 4 + 3
 
 
+def test_gradients_that_nobody_compared_are_told() -> None:
+    rows = [{"variant": name, "dtype": "bfloat16"} for name in agree.BFLOAT16 if "kernels" not in name]
+    results = [{"rows": rows, "left_out": {"single:kernels=liger, torch.bfloat16": "not installed"}}]
+    results += [{"rows": [{"variant": name, "dtype": "float32"} for name in agree.FLOAT32], "left_out": {}}]
+    told = render.not_compared(results)
+    assert "`single:kernels=compiled, bfloat16`; `shared:tokens=4096,kernels=compiled, bfloat16`" in told
+    assert "single:kernels=liger" not in told
+    results[1]["rows"] += [{"variant": name, "dtype": "bfloat16"} for name in agree.BFLOAT16]
+    assert render.not_compared(results) == ""
+
+
 # --- commands
 
 
