@@ -1,6 +1,7 @@
 """The options: the published names and defaults, and every wrong value reported at once."""
 
 import ast
+import contextlib
 import importlib
 import re
 import sys
@@ -14,6 +15,7 @@ import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
+from common import cli
 from common.cli import OPTIMIZERS, PART_LEARNING_RATES
 from common.errors import UserError, run
 
@@ -349,6 +351,11 @@ def test_used_output_folder(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=refused.format("eval_before.json, run.json")):
         parse(monkeypatch, tmp_path, "--resume", "never")
     parse(monkeypatch, tmp_path, "--resume", "never", "--overwrite")
+    (tmp_path / "out" / cli.LOCK).write_text("a torchrun")
+    for name in ("another one", "a torchrun"):  # the latter has started this process in place of another
+        monkeypatch.setattr(cli, "launcher", lambda name=name: name)
+        with contextlib.nullcontext() if name == "a torchrun" else pytest.raises(UserError, match="holds a run"):
+            parse(monkeypatch, tmp_path, "--resume", "never")
     monkeypatch.setenv("RANK", "1")  # only the first process looks: it may be writing by now
     parse(monkeypatch, tmp_path)
 

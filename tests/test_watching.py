@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import re
 import time
@@ -165,6 +166,37 @@ def test_resumed_with_the_scale_of_float16(tmp_path, step):
     for name in ("loss", "learning_rate"):
         values, values_again = ([line.get(name) for line in each.state.log_history] for each in (whole, again))
         assert values_again == values
+
+
+def test_deepspeed_s_scale_of_float16(tmp_path):
+    """As above, of two processes under ZeRO-2 with the published scaler, whose second overflow is the first to count:
+    resumed between these, and later."""
+    given = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text())
+    given["fp16"]["loss_scale_window"] = 4  # steps without one, after which the scale grows; published: 1,000
+    (tmp_path / "zero2.json").write_text(json.dumps(given))
+
+    def run_to_the_end(name, *words):
+        """The scale after each step, the log and the weights."""
+        options = ("--deepspeed", tmp_path / "zero2.json", "--fp16", *words)
+        ended = run_script(TESTS / "watched.py", tmp_path / name, *options)
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        assert "left out step" not in ended.stdout
+        assert checkpoints_of(tmp_path / name)[-1] == STEPS
+        last = tmp_path / name / f"checkpoint-{STEPS}"
+        scales = {int(step): float(scale) for step, scale in re.findall(r"SCALE (\d+) (\S+)", ended.stdout)}
+        lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        log = [[line[key] for key in ("step", "loss", "learning_rate")] for line in lines]
+        return scales, log, (last / "model.safetensors").read_bytes()
+
+    scales, *rest = run_to_the_end("whole")
+    assert [scales[step] for step in (1, 2, 3)] == [2.0**16, 2.0**15, 2.0**14]
+    assert any(scales[step] > scales[step - 1] for step in range(2, STEPS + 1))
+    for step in (1, 7):
+        scales_again, *rest_again = run_to_the_end(
+            f"from {step}", "--resume", tmp_path / "whole" / f"checkpoint-{step}"
+        )
+        assert scales_again == {number: scale for number, scale in scales.items() if number > step}
+        assert rest_again == rest
 
 
 def test_the_options_are_read_and_noted(monkeypatch, tmp_path):

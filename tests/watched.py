@@ -1,6 +1,6 @@
 """A small training run whose examples, or one of whose processes, go wrong; a script of its own for torchrun.
 
-    python tests/watched.py OUTPUT [--bad STEP …] [--slow STEP] [--deepspeed JSON] [--bf16]
+    python tests/watched.py OUTPUT [--bad STEP …] [--slow STEP] [--deepspeed JSON] [--bf16] [--fp16] [--resume FOLDER]
 
 The run of tests/resumable.py, with a checkpoint at every step and a line of the log at every second. With `--bad`
 the example that the last process has first in a step is not a number; with `--slow` that process waits for its data
@@ -23,10 +23,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import set_seed
+from deepspeed.accelerator import get_accelerator
+from transformers import TrainerCallback, set_seed
 
 from common.data import ExampleKey
-from common.errors import run
+from common.errors import run, say
 from common.packing import PackedBatchSampler, Questions
 from common.stopping import Stopping
 from common.training import GlobalBatchSampler, _EpochLoader
@@ -131,6 +132,16 @@ def spoil(dataset: BadExamples, steps: Collection[int], world: int = 1, fault: i
         dataset.faults[key.epoch, key.index] = fault
 
 
+class Scales(TrainerCallback):
+    """Prints the loss scale after every step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        say(f"SCALE {state.global_step} {self.trainer._loss_scale():g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -138,10 +149,15 @@ def main() -> None:
     parser.add_argument("--slow", type=int)
     parser.add_argument("--deepspeed")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--resume")
     options = parser.parse_args()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     world = int(os.environ["WORLD_SIZE"])
-    trainer = make_trainer(options.output, Stopping(20), deepspeed=options.deepspeed, bf16=options.bf16)
+    if options.fp16:  # for which DeepSpeed wants instructions that few CPUs have, and torch does without
+        get_accelerator().is_fp16_supported = lambda: True
+    given = {"deepspeed": options.deepspeed, "bf16": options.bf16, "fp16": options.fp16}
+    trainer = make_trainer(options.output, Stopping(20), **given)
     spoil(trainer.train_dataset, options.bad, world)
     if options.slow:
         trainer.watchdog.seconds, trainer.watchdog.poll_seconds = SLOW / 2, 0.1
@@ -153,7 +169,9 @@ def main() -> None:
             time.sleep(SLOW)
 
         trainer.add_callback(AtStep(options.slow - 1, evaluate))
-    trainer.train()
+    if options.fp16:
+        trainer.add_callback(Scales(trainer))
+    trainer.train(resume_from_checkpoint=options.resume)
     print("TRAINED\n", end="", flush=True)
 
 
