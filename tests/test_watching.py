@@ -382,6 +382,7 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_full_disk_s_first_file(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "launcher", lambda: "a torchrun")
+    monkeypatch.setattr(training, "_lock", lambda folder: None)  # of a device that other tests may hold
     (tmp_path / cli.LOCK).symlink_to("/dev/full")
     with pytest.raises(NotWrittenError, match="No space left on device"):
         training._prepare_output_folder(
