@@ -53,6 +53,7 @@ NEUTRAL_OPTIONS = {
     *("--batch_size_per_gpu", "--eval_batch_size_per_gpu", "--eval_steps", "--gradient_checkpointing"),
     *("--max_crops_per_call", "--logging_steps", "--report_to", "--no-tqdm", "--report_images", "--no-report_images"),
     *("--save_steps", "--save_total_limit", "--resume", "--grace_seconds", "--timeout_minutes", "--push_to_hub"),
+    "--max_bad_steps",
 }
 NOT_RUN = "not run"
 
