@@ -375,14 +375,14 @@ def with_answers(train_rows: Rows | None, eval_rows: Rows, options: argparse.Nam
 
     Args:
         train_rows: None where nothing is trained.
-        options: `eval_only` and `bad_examples` count.
+        options: of which `bad_examples` counts.
     """
 
     def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
         return [(text["user"], [text["assistant"]]) for text in row["texts"]]
 
     check_answers(eval_rows, questions, "evaluate on rows with answers")
-    if train_rows is not None and not options.eval_only:
+    if train_rows is not None:
         check_answers(train_rows, questions, "leave the row out", options.bad_examples)
     return train_rows, eval_rows
 

@@ -21,6 +21,7 @@ from .errors import is_first_process, say
 from .files import read_json
 from .phi3v.configuration import OFFICIAL_REPOSITORY
 from .phi3v.processing import TOKENIZER_FILES
+from .together import on_first
 
 # What is uploaded of an output folder, and nothing of the folders in it: a star also stands for what has a slash.
 UPLOADED = ("README.md", "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
@@ -45,16 +46,17 @@ def write_model_card(
     task: str,
     metrics: Mapping[str, str],
 ) -> None:
-    """Write `README.md` into the output folder, on the first process; in place of PEFT's own.
+    """Write `README.md` into the output folder, on the first process (together); in place of PEFT's own.
 
     Args:
         train_data, eval_data: `Rows` or `Conversations`; of what is not from the hub the name alone is told.
         before, after: the totals of both evaluations.
         task: its name, for people.
         metrics: which of the totals are scores -> their names, for people.
+
+    Raises:
+        NotWrittenError: on every process, where the disk is full or fails.
     """
-    if not is_first_process():
-        return
     adapter = read_json(options.output_dir / "adapter_config.json")
     base = adapter["base_model_name_or_path"] if adapter else options.model_name_or_path
     scores = {name: title for name, title in metrics.items() if isinstance(after.get(name), int | float)}
@@ -101,7 +103,8 @@ def write_model_card(
         f"## Licence\n\n{in_words(OFFICIAL_REPOSITORY, '')} is published under the MIT licence. "
         "The data have licences of their own.",
     ]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(options.output_dir / "README.md")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    on_first(lambda: card.save(options.output_dir / "README.md"))
 
 
 def source_of(data: Any) -> str:

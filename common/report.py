@@ -863,8 +863,8 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Scores, confusion and examples of several evaluations; the metric of a published score comes first."""
     if not columns:
-        nothing = {"metrics": [], "confusion": None, "groups": [], "judged_by": None, "data": None, "columns": []}
-        return {**nothing, "sizes": None}
+        lists, others = ("metrics", "groups", "columns"), ("sizes", "confusion", "judged_by", "data")
+        return {**{name: [] for name in lists}, **dict.fromkeys(others)}
     last = columns[-1][1]
     metrics = sorted(last.totals, key=lambda metric: published is None or metric != published["metric"])
     described = [

@@ -815,7 +815,7 @@ def finish(
     for metric, name in metrics.items():
         if None not in (before[metric], after[metric]):
             say(f"gain:            {name} {after[metric] - before[metric]:+.4f}")
-    on_first(lambda: write_model_card(options, train_data, eval_data, before, after, task, metrics))
+    write_model_card(options, train_data, eval_data, before, after, task, metrics)
     write_report(options)
     push_to_hub(options)
     if is_first_process():

@@ -609,12 +609,6 @@ def test_what_repeats_a_row(tmp_path, words, found):
     assert published_row(options, "nlvr2") is None
 
 
-def test_neutral_options_are_those_of_the_recipes():
-    """What `tools.recipes` takes for a measurement of a row, the report must not deny, nor the other way round."""
-    theirs = {option.removeprefix("--").replace("no-", "") for option in recipes.NEUTRAL_OPTIONS}
-    assert theirs == facts.NEUTRAL_OPTIONS
-
-
 def test_published_score_on_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     stored = json.loads((folder / "run_facts.json").read_text())

@@ -8,12 +8,11 @@
 What follows `--` is passed on to the script. `tools/published.json` holds the published rows and the rows announced
 with them as coming soon, which have no score and take the settings of another row (`settings_of`).
 
-`run` appends to `results/<task>.json`, scores in percent, once for each evaluation: of a run that had ended before, and
-was not recorded, it is done then. A run counts as a measurement of its row, and stands in the
-tables, only if it ran on a CUDA GPU and nothing that follows `--` changes what is trained on what, or evaluated on
-what; any other is recorded with `"reproduction": false` and what `differs`, and stands in no table. A local copy of
-data or model counts as different, for nothing shows that it is the same: fill the hub's cache instead. Of several
-measurements the tables show the mean.
+`run` appends to `results/<task>.json`, scores in percent, once for each evaluation, also that of a run which had ended
+before and was not recorded. A run counts as a measurement of its row, and stands in the tables, only if it ran on a
+CUDA GPU and nothing that follows `--` changes what is trained on what, or evaluated on what; any other is recorded with
+`"reproduction": false` and what `differs`, and stands in no table. A local copy of data or model counts as different,
+for nothing shows that it is the same: fill the hub's cache instead. Of several measurements the tables show the mean.
 """
 
 from __future__ import annotations
@@ -47,14 +46,6 @@ METHOD_OPTIONS = {
     "qlora": ("--use_lora", "--use_qlora"),
 }
 PRECISION_OPTIONS = {"bf16": ("--bf16", "--use_flash_attention"), "fp16": ()}
-# Options that divide the work, name where it goes or show more of it, but leave what a row means as it is.
-NEUTRAL_OPTIONS = {
-    *("--output_dir", "--overwrite", "--seed", "--num_workers", "--no-gradient_checkpointing"),
-    *("--batch_size_per_gpu", "--eval_batch_size_per_gpu", "--eval_steps", "--gradient_checkpointing"),
-    *("--max_crops_per_call", "--logging_steps", "--report_to", "--no-tqdm", "--report_images", "--no-report_images"),
-    *("--save_steps", "--save_total_limit", "--resume", "--grace_seconds", "--timeout_minutes", "--push_to_hub"),
-    "--max_bad_steps",
-}
 NOT_RUN = "not run"
 
 
@@ -194,10 +185,13 @@ def given_options(words: Sequence[str]) -> dict[str, str]:
 
 def differences(table: Table, recipe: Recipe, extra: Sequence[str]) -> dict[str, dict[str, str | None]]:
     """What `extra` changes of what the row means: option -> the row's value and the run's, None for "not given"."""
+    from common.facts import NEUTRAL_OPTIONS  # only here, for it imports torch; as the report has it
+
     own = given_options(script_command(table, recipe)[1:])
     changed = {}
     for name, value in given_options(extra).items():
-        if name in NEUTRAL_OPTIONS or (name in own and same_value(own[name], value)):
+        is_neutral = name.removeprefix("--").removeprefix("no-") in NEUTRAL_OPTIONS
+        if is_neutral or (name in own and same_value(own[name], value)):
             continue
         if name == "--deepspeed" and Path(value).resolve().parent == REPOSITORY / "ds_configs":
             continue  # the repository's own configurations compute the same; a user's may do anything
@@ -237,7 +231,7 @@ def run_recipe(options: argparse.Namespace, extra: Sequence[str]) -> int:
     code = launch(command)
     if code or (options.node_rank or 0) > 0:
         return code
-    had_ended = previous is not None and evaluation.exists() and evaluation.stat().st_mtime_ns == previous
+    had_ended = evaluation.exists() and evaluation.stat().st_mtime_ns == previous
     if not evaluation.exists() or (had_ended and "--eval_only" in given):
         raise user_error(f"the run has written no {evaluation}, so there is no score to record")
     from common import facts  # which imports torch; `list` and `show` need none of it
