@@ -166,8 +166,8 @@ def training_flops(model: Phi3VForCausalLM | PeftModel, method: str, batch: dict
 
     Counted are matrix products: two operations a weight and position forwards, twice that backwards (once for weights
     that only pass gradients on, never for a frozen tower), attention over the pairs that see each other, the head at
-    labelled positions. Not counted: what is recomputed, padding crops, logits of positions without a label, tower
-    layers that nothing reads.
+    labelled positions, and so the last layer's feed-forward network. Not counted: what is recomputed, padding crops,
+    what nothing reads (these two at other positions, the tower's last layer).
     """
     config = model.config
     tower = config.tower_config()
@@ -179,6 +179,7 @@ def training_flops(model: Phi3VForCausalLM | PeftModel, method: str, batch: dict
     layer = 4 * hidden**2 + 3 * hidden * config.intermediate_size  # no fewer key heads than query heads
     decoder = config.num_hidden_layers * (2 * layer * tokens + 4 * hidden * pairs)
     decoder += 2 * hidden * config.vocab_size * labelled
+    decoder -= 2 * 3 * hidden * config.intermediate_size * (tokens - labelled)  # the last layer's feed-forward network
 
     grids = (batch["image_sizes"] // 336).tolist()
     crops = sum(1 + rows * columns for rows, columns in grids)
@@ -200,11 +201,13 @@ def training_flops(model: Phi3VForCausalLM | PeftModel, method: str, batch: dict
 
 def adapter_flops(model: nn.Module, tokens: int, labelled: int, views: int, features: int) -> float:
     """The adapters' forward products: two operations a weight and position that it sees."""
-    flops = 0.0
+    flops, last_network = 0.0, f".layers.{model.config.num_hidden_layers - 1}.mlp."
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             seen = views if "img_processor" in name else features if "img_projection" in name else tokens
-            flops += 2.0 * parameter.numel() * (labelled if "lm_head" in name else seen)
+            if "lm_head" in name or (last_network in name and "img_processor" not in name):
+                seen = labelled
+            flops += 2.0 * parameter.numel() * seen
     return flops
 
 

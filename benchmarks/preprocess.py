@@ -2,14 +2,16 @@
 
     python -m benchmarks.preprocess --num_crops 16
 
-The two take turns, A B A B; the reference's padding crops are left out of the comparison of pixels, which must be
-equal bit for bit, but not of its time. Writes `benchmarks/results/preprocess.json`.
+The two take turns, A B A B, on a page in colour and on the same in grey, as scans are; the reference's padding crops
+are left out of the comparison of pixels, which must be equal bit for bit, but not of its time. Writes
+`benchmarks/results/preprocess.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from benchmarks import baseline
 from benchmarks.measuring import RESULTS, decode, header, in_words, make_page, print_table, spread, write_json
 from common.phi3v import Phi3VImageProcessor
 
+WAYS = ("reference", "ours", "reference, grey page", "ours, grey page")
+
 
 def measure(num_crops: int, rounds: int, page_width: int = 1700) -> dict[str, Any]:
     """Milliseconds per page of either, and how many times as fast ours is; `rounds` pages, each by both."""
@@ -27,30 +31,37 @@ def measure(num_crops: int, rounds: int, page_width: int = 1700) -> dict[str, An
     about = header(torch.device("cpu"))
     ours = Phi3VImageProcessor(num_crops=num_crops)
     size = (page_width, round(page_width * 2200 / 1700))
-    milliseconds: dict[str, list[float]] = {"reference": [], "ours": []}
+    milliseconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
-        picture = decode(make_page(number % 10, size).image)
-        began = time.perf_counter()
-        reference = baseline.process_picture(picture, num_crops)
-        between = time.perf_counter()
-        found = ours(picture)
-        ended = time.perf_counter()
-        own = reference["pixel_values"][0, : len(found["pixel_values"])]
-        if not torch.equal(found["pixel_values"], own):
-            raise RuntimeError(f"page {number}: the pixels are not the reference's")
-        if number:  # the first is the warm-up
-            milliseconds["reference"].append(1000 * (between - began))
-            milliseconds["ours"].append(1000 * (ended - between))
+        page = decode(make_page(number % 10, size).image)
+        for picture, names in ((page, WAYS[:2]), (page.convert("L"), WAYS[2:])):
+            began = time.perf_counter()
+            reference = baseline.process_picture(picture, num_crops)
+            between = time.perf_counter()
+            found = ours(picture)
+            ended = time.perf_counter()
+            own = reference["pixel_values"][0, : len(found["pixel_values"])]
+            if not torch.equal(found["pixel_values"], own):
+                raise RuntimeError(f"page {number}: the pixels are not the reference's")
+            if number:  # the first is the warm-up
+                milliseconds[names[0]].append(1000 * (between - began))
+                milliseconds[names[1]].append(1000 * (ended - between))
     torch.set_num_threads(threads)
-    pairs = zip(milliseconds["reference"], milliseconds["ours"], strict=True)
     return {
         **about,
         "page_size": size,
         "num_crops": num_crops,
         "rounds": rounds,
         "milliseconds": {name: spread(values) for name, values in milliseconds.items()},
-        "times_as_fast": spread([reference / own for reference, own in pairs]),
+        "times_as_fast": spread(times_as_fast(milliseconds, WAYS[:2])),
+        "times_as_fast_grey": spread(times_as_fast(milliseconds, WAYS[2:])),
     }
+
+
+def times_as_fast(milliseconds: dict[str, list[float]], names: Sequence[str]) -> list[float]:
+    """Of each page, the first way's time by the second's."""
+    reference, own = (milliseconds[name] for name in names)
+    return [one / other for one, other in zip(reference, own, strict=True)]
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -58,7 +69,8 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"\na page of {result['page_size'][0]}x{result['page_size'][1]} at num_crops={result['num_crops']}, one core")
     rows = [[name, in_words(figures)] for name, figures in result["milliseconds"].items()]
     print_table(["", "ms per page: median (smallest to largest)"], rows)
-    print(f"ours is {in_words(result['times_as_fast'])} times as fast")
+    grey = in_words(result["times_as_fast_grey"])
+    print(f"ours is {in_words(result['times_as_fast'])} times as fast, on grey pages {grey} times")
 
 
 def main() -> None:

@@ -165,25 +165,31 @@ def linears_kept(setting: Setting, trains: bool, rows: int, linears: Sequence[Li
     return kept
 
 
-def decoder_layer_kept(config: Phi3VConfig, setting: Setting, rows: int, length: int) -> int:
-    """What a layer of the decoder keeps for its backward pass where it is not computed again, in bytes."""
-    hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+def attention_kept(config: Phi3VConfig, setting: Setting, rows: int, length: int) -> int:
+    """What the first half of a decoder layer keeps for its backward pass where it is not computed again, in bytes."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
     kv_width = hidden // heads * config.num_key_value_heads
-    eager = setting.attention == "eager"
-    # a norm keeps its input in float32, and if its weight trains what the weight is multiplied with
-    norms = 2 * (4 * hidden + 4 + (0 if setting.uses_lora else setting.stored * hidden))
     # queries, keys and values as projected (the values lie there), queries and keys as rotated
     attention = COMPUTE * (hidden + 2 * kv_width + hidden + kv_width)
     # the probabilities in float32 and rounded, or the output and a float32 for every head
+    eager = setting.attention == "eager"
     attention += heads * length * (4 + COMPUTE) if eager else COMPUTE * hidden + 4 * heads
-    mlp = COMPUTE * 3 * wide  # gate and up, the activated gate
-    linears = (
-        Linear(hidden, hidden + 2 * kv_width),
-        Linear(hidden, hidden),  # attention's output lies head by head, as the rotated queries do, and is copied
-        Linear(hidden, 2 * wide),
-        Linear(wide, hidden),
-    )
-    return rows * (norms + attention + mlp) + linears_kept(setting, True, rows, linears)
+    # attention's output lies head by head, as the rotated queries do, and is copied
+    linears = (Linear(hidden, hidden + 2 * kv_width), Linear(hidden, hidden))
+    return rows * (norm_kept(config, setting) + attention) + linears_kept(setting, True, rows, linears)
+
+
+def network_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
+    """The same for its second half, the feed-forward network."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    activated = COMPUTE * 3 * wide  # gate and up, the activated gate
+    linears = (Linear(hidden, 2 * wide), Linear(wide, hidden))
+    return rows * (norm_kept(config, setting) + activated) + linears_kept(setting, True, rows, linears)
+
+
+def norm_kept(config: Phi3VConfig, setting: Setting) -> int:
+    """A position: the input in float32, and if the weight trains what it is multiplied with."""
+    return 4 * config.hidden_size + 4 + (0 if setting.uses_lora else setting.stored * config.hidden_size)
 
 
 def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
@@ -204,15 +210,21 @@ def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
     return rows * (norms + attention + mlp) + linears_kept(setting, True, rows, linears)
 
 
-def stack_kept(setting: Setting, layers: int, layer: int, state: int) -> tuple[int, int]:
-    """What a stack of layers keeps as its backward pass begins, and what its last layer computes again then.
+def computed_again(setting: Setting, layers: int) -> list[bool]:
+    """Which layers of a stack are computed again in the backward pass, as `common/layers.py` chooses them."""
+    which = setting.gradient_checkpointing
+    return [which == "full" or (which == "selective" and number % 2 == 0) for number in range(layers)]
+
+
+def stack_kept(setting: Setting, layers: Sequence[int], state: int) -> list[int]:
+    """What each layer of a stack keeps as the backward pass begins.
 
     Args:
-        layer, state: bytes that one layer keeps if it is not computed again, and of the state between layers.
+        layers, state: bytes that each layer keeps if it is not computed again, and of the state between layers.
     """
-    again = {"none": 0, "selective": -(-layers // 2), "full": layers}[setting.gradient_checkpointing]
-    last_again = setting.gradient_checkpointing == "full" or (again > 0 and layers % 2 == 1)
-    return (layers - again) * layer + again * state, layer if last_again else 0
+    return [
+        state if again else layer for layer, again in zip(layers, computed_again(setting, len(layers)), strict=True)
+    ]
 
 
 def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
@@ -223,10 +235,17 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     views = setting.images * (setting.num_crops + 1) * setting.batch_size_per_gpu
     patch_rows = views * ((tower.image_size // tower.patch_size) ** 2 + 1)
     features = min(rows, 149 * views)  # 144 a view and the separators
-    layer = decoder_layer_kept(config, setting, rows, setting.tokens)
-    kept, again = stack_kept(setting, config.num_hidden_layers, layer, setting.stored * rows * hidden)
+    attention, network = attention_kept(config, setting, rows, setting.tokens), network_kept(config, setting, rows)
+    labelled = (
+        setting.answer_tokens * setting.batch_size_per_gpu
+    )  # behind the last layer's attention no others are used
+    last = attention + network_kept(config, setting, labelled)
+    layers = [attention + network] * (config.num_hidden_layers - 1) + [last]
+    kept_by_layer = stack_kept(setting, layers, setting.stored * rows * hidden)
+    if setting.method == "frozen" and not computed_again(setting, len(layers))[0]:
+        kept_by_layer[0] -= rows * (4 * hidden + 4)  # the first norm's input has no gradient
     # the last norm; the rotation, which all layers share
-    kept += rows * (4 * hidden + 4 + (0 if setting.uses_lora else setting.stored * hidden))
+    kept = sum(kept_by_layer) + labelled * norm_kept(config, setting)
     kept += 2 * COMPUTE * rows * hidden // config.num_attention_heads
     # with checkpointing, embeddings that do not train are made to require gradients, and so are kept
     marks_inputs = setting.gradient_checkpointing != "none" and setting.method != "full"
@@ -240,17 +259,24 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     if not setting.freezes_vision:
         one = tower_layer_kept(config, setting, patch_rows)
         state = setting.stored * patch_rows * width
-        kept_image += stack_kept(setting, config.num_tower_layers_used, one, state)[0]
+        kept_image += sum(stack_kept(setting, [one] * config.num_tower_layers_used, state))
         # the patches and what the norm before the layers is given
         kept_image += 2 * state * marks_inputs if setting.uses_lora else setting.stored * pixels + state
         projection = (Linear(4 * width, hidden), Linear(hidden, hidden))
         kept_image += COMPUTE * features * hidden + linears_kept(setting, True, features, projection)
         about = f"{views} sub-images of {patch_rows // views} patches, {again_in_words}"
     yield Part("activations, image side", "backward", kept_image, about)
-    # gradients of the MLP's two halves on their way; an adapter's come in float32
-    flowing = rows * config.intermediate_size * COMPUTE * (4 if setting.uses_lora else 3)
-    yield Part("a decoder layer at work", "backward", again + flowing, "computed again, gradients on their way")
-    logits = setting.answer_tokens * setting.batch_size_per_gpu * config.vocab_size * (2 * COMPUTE + 3 * 4)
+    # Either the last layer with the gradients of its attention on their way, or the one before it with those of its
+    # network's two halves (an adapter's come in float32), when what the last one kept is free again.
+    again = computed_again(setting, len(layers))
+    eager = setting.attention == "eager"
+    flowing = rows * (config.num_attention_heads * setting.tokens * (4 + COMPUTE) if eager else 4 * COMPUTE * hidden)
+    at_work = flowing + (last if again[-1] else 0)
+    if len(layers) > 1:
+        flowing = rows * config.intermediate_size * COMPUTE * (4 if setting.uses_lora else 3)
+        at_work = max(at_work, flowing + (layers[-2] if again[-2] else 0) - kept_by_layer[-1])
+    yield Part("a decoder layer at work", "backward", at_work, "computed again, gradients on their way")
+    logits = labelled * config.vocab_size * (2 * COMPUTE + 3 * 4)
     yield Part("logits", "backward", logits, f"{setting.answer_tokens} labelled positions an example")
 
 

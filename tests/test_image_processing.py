@@ -61,6 +61,25 @@ def test_mode(mode: str) -> None:
     assert (source.mode, source.tobytes()) == (mode, before), "the caller's picture was changed"
 
 
+@pytest.mark.parametrize("size", [(500, 900), (900, 500)])
+def test_grey_picture(size: tuple[int, int]) -> None:
+    """Resized as one channel, it has the pixels of the three equal ones; tall and wide, made smaller."""
+    grey = noise(*size).convert("L")
+    processor = Phi3VImageProcessor(num_crops=2)
+    assert_same(processor(grey), processor(grey.convert("RGB")))
+
+
+def test_pictures_one_after_another_leave_each_other_alone() -> None:
+    """A thread's memory is used again: what a large picture left there is not seen, and what was returned stays."""
+    processor = Phi3VImageProcessor(num_crops=4)
+    large, small = noise(900, 700), noise(60, 40)
+    alone = Phi3VImageProcessor(num_crops=4)(small)
+    first = processor(large)
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    assert_same(processor(small), alone)
+    assert_same(first, kept)
+
+
 def test_transparent_palette() -> None:
     source = in_mode("P")
     source.info["transparency"] = 3

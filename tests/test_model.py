@@ -342,6 +342,26 @@ def test_batch_without_any_label() -> None:
     assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
+def test_last_network_runs_where_it_is_read() -> None:
+    """The result is the whole one's, there; the last layer's feed-forward network sees no other position."""
+    model = tiny_model("sdpa", **SMALL).double()
+    batch = make_batch([make_row(37, 25), make_row(38, 60)], "right")
+    read = torch.tensor([5, 24, 60, 61, 119])  # of 2 * 60 positions
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, states: seen.append(states[0].shape[:-1].numel()))
+    with torch.no_grad():
+        whole = model.model(**batch).last_hidden_state
+        found = model.model(**batch, read_positions=read).last_hidden_state
+        assert seen == [120, 120, 120, 120, 120, 5]
+        assert_close(found, whole.flatten(0, 1)[read][None], 1e-12)
+        seen.clear()
+        labels = torch.full((2, 60), -100)
+        labels[0, 24], labels[1, 0], labels[1, 30:33] = 7, 8, 9  # nothing stands before a row's first
+        model(**batch, labels=labels)
+    assert seen == [120, 120, 4]
+
+
 def test_training_step_keeps_no_cache(eager_model: Phi3VForCausalLM) -> None:
     row = make_row(35, 30)
     with torch.no_grad():

@@ -8,6 +8,7 @@ makes is counted, its copy of the trained weights too; the weights that the mode
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def main() -> None:
             with record_function(f"backward {number}"):
                 engine.backward(loss)
             del loss, pixels  # as the Trainer lets go of a batch
+            gc.collect()  # cycles would be collected at any time, or not before the step has been counted
             with record_function(f"step {number}"):
                 engine.step()
     events = profiler.profiler.kineto_results.events()

@@ -310,7 +310,7 @@ def draw_picture(processor: Phi3VProcessor, picture: Image.Image, title: str, si
     # (3, 336, 336) normalised -> (336, 336, 3) bytes
     view = (crops[0].permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     view = (view * 255).round().byte().numpy()
-    cut, seen = (as_data(Image.fromarray(pixels), side) for pixels in (padded, view))
+    cut, seen = (as_data(Image.fromarray(pixels), side) for pixels in (padded.transpose(1, 2, 0), view))
     return PARTS.drawing(title, picture.size, layout, CROP, cut, seen)
 
 

@@ -9,6 +9,7 @@ Notation used for tensor shapes
 - width: the tower's hidden size (1024)
 - hidden: the decoder's hidden size (3072)
 - features: image features of all images together, one per `<|image|>` token
+- labelled: positions whose next token is to be predicted, of all rows together; of Phi3VModel's result they are read
 - examples: what the loss is the mean over: the rows, or in a packed batch what the rows hold (see masks.py)
 
 The behaviour is that of the code published with the checkpoints (microsoft/Phi-3.5-vision-instruct);
@@ -31,6 +32,7 @@ from .stock import (
     CausalLMOutputWithPast,
     CLIPVisionModel,
     GenerationMixin,
+    Phi3DecoderLayer,
     Phi3ForCausalLM,
     Phi3Model,
     Phi3PreTrainedModel,
@@ -194,13 +196,38 @@ class Phi3VRMSNorm(Phi3RMSNorm):
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class Phi3VDecoderLayer(Phi3DecoderLayer):
+    """The stock layer; the last one's feed-forward network runs only where its result is read.
+
+    A training step reads it at the labelled positions, a few of a page's thousands. What stands before it
+    is of use at every position: its keys and values are what the labelled positions attend to.
+    """
+
+    is_last = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, read_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(batch, seq, hidden) -> the same; of the last layer (1, read, hidden) where `read_positions` (read,) tells
+        which of the batch * seq positions are read.
+        """
+        if read_positions is None or not self.is_last:
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.resid_attn_dropout(attended)
+        # (batch, seq, hidden) -> (1, read, hidden)
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, read_positions)[None]
+        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.resid_mlp_dropout(fed_forward)
+
+
 class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     """Loading that never passes over a weight in silence."""
 
     config_class = Phi3VConfig
     config: Phi3VConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+    _no_split_modules = ["Phi3VDecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     # some checkpoints carry a second copy of the token embeddings
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight"]
 
@@ -241,8 +268,12 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         super().__init__(config)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         for module in self.modules():
+            # made by the stock decoder and its layers, which take no other classes
             if type(module) is Phi3RMSNorm:
-                module.__class__ = Phi3VRMSNorm  # made by the stock layers, which take no other class
+                module.__class__ = Phi3VRMSNorm
+            elif type(module) is Phi3DecoderLayer:
+                module.__class__ = Phi3VDecoderLayer
+        self.layers[-1].is_last = True
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
@@ -280,6 +311,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
+        read_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -292,9 +324,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             pixel_values: (crops, 3, 336, 336).
             image_sizes: (images, 2) as `[height, width]`.
             branch_ids: (batch, seq), given with `position_ids` where rows are packed: see masks.py.
+            read_positions: (read,), which of the batch * seq positions are read of the result; absent: all.
 
         Returns:
-            `last_hidden_state` (batch, seq, hidden) and the cache (packed rows have none).
+            `last_hidden_state` (batch, seq, hidden), or (1, read, hidden), and the cache (packed rows have none).
         """
         if inputs_embeds is None and input_ids is not None:
             has_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
@@ -319,6 +352,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            read_positions=read_positions,
             **kwargs,
         )
 
@@ -369,8 +403,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             labelled positions (each counts once, however long its answer); `logits` (batch, kept
             positions, vocabulary) without labels; the cache.
         """
-        if labels is not None and use_cache is None:
-            use_cache = False  # nothing is generated from a training step
+        read_positions = None
+        if labels is not None:
+            use_cache = bool(use_cache)  # absent: nothing is generated from a training step
+            is_read = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))  # position p predicts token p + 1
+            read_positions = is_read.flatten().nonzero()[:, 0]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -381,13 +418,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             branch_ids=branch_ids,
+            read_positions=read_positions,
             **kwargs,
         )
         loss = logits = None
-        if labels is not None:
+        if read_positions is not None:
             if branch_ids is None:  # a row is an example
                 branch_ids = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
-            loss = self._answer_loss(outputs.last_hidden_state, labels, branch_ids, loss_weights)
+            targets, examples = (of.flatten()[read_positions + 1] for of in (labels, branch_ids))  # (labelled,)
+            num_examples = int(branch_ids.max()) + 1 if loss_weights is None else len(loss_weights)
+            token_losses = self._token_losses(outputs.last_hidden_state[0], targets)
+            loss = mean_over_examples(token_losses, examples, num_examples, loss_weights)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -398,26 +439,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _answer_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        branch_ids: torch.Tensor,
-        loss_weights: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """hidden_states (batch, seq, hidden), labels and branch_ids (batch, seq) -> the loss, a scalar."""
-        targets = labels[:, 1:]  # position p predicts token p + 1
-        is_labelled = targets != IGNORED_LABEL
-        example_of_target = branch_ids[:, 1:][is_labelled]  # (labelled,)
-        token_losses = self._token_losses(hidden_states[:, :-1][is_labelled], targets[is_labelled])
-        num_examples = int(branch_ids.max()) + 1 if loss_weights is None else len(loss_weights)
-        zeros = token_losses.new_zeros(num_examples)
-        counts = zeros.index_add(0, example_of_target, torch.ones_like(token_losses))
-        example_losses = zeros.index_add(0, example_of_target, token_losses) / counts.clamp(min=1)
-        if loss_weights is not None:
-            example_losses = example_losses * loss_weights.to(example_losses.dtype)
-        return example_losses.mean()
 
     def _token_losses(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """hidden_states (labelled, hidden), targets (labelled,) -> cross-entropies (labelled,), in float32 at least."""
@@ -473,3 +494,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
                 if kwargs.get(name) is not None:
                     inputs[name] = kwargs[name]
         return inputs
+
+
+def mean_over_examples(
+    token_losses: torch.Tensor, examples: torch.Tensor, num_examples: int, loss_weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Losses (labelled,) and the example that each is of (labelled,) -> the mean of the examples' weighted means."""
+    zeros = token_losses.new_zeros(num_examples)
+    counts = zeros.index_add(0, examples, torch.ones_like(token_losses))
+    example_losses = zeros.index_add(0, examples, token_losses) / counts.clamp(min=1)
+    if loss_weights is not None:
+        example_losses = example_losses * loss_weights.to(example_losses.dtype)
+    return example_losses.mean()

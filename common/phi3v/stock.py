@@ -35,7 +35,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3 import modeling_phi3
-from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.utils.hub import cached_file as find_file
 from transformers.utils.hub import extract_commit_hash
@@ -98,6 +98,7 @@ __all__ = [
     "GenerationMixin",
     "ImagesKwargs",
     "Phi3Config",
+    "Phi3DecoderLayer",
     "Phi3ForCausalLM",
     "Phi3Model",
     "Phi3PreTrainedModel",
