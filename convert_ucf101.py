@@ -186,7 +186,12 @@ def convert(video: Video, out_dir: Path, num_frames: int) -> str | None:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, so that videos under way are finished; end when the parent has been killed."""
+    """Leave Ctrl-C to the parent, so that videos under way are finished; end when the parent has been killed.
+
+    Linux's allocator gives every frame's memory back to the system and asks for it again, 400 pages a video, until it
+    has seen a large block come and go.
+    """
+    bytearray(31 << 20)  # of 32 MB it takes no notice
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
