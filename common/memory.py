@@ -236,9 +236,8 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     patch_rows = views * ((tower.image_size // tower.patch_size) ** 2 + 1)
     features = min(rows, 149 * views)  # 144 a view and the separators
     attention, network = attention_kept(config, setting, rows, setting.tokens), network_kept(config, setting, rows)
-    labelled = (
-        setting.answer_tokens * setting.batch_size_per_gpu
-    )  # behind the last layer's attention no others are used
+    labelled = setting.answer_tokens * setting.batch_size_per_gpu
+    # behind the last layer's attention no other positions are used
     last = attention + network_kept(config, setting, labelled)
     layers = [attention + network] * (config.num_hidden_layers - 1) + [last]
     kept_by_layer = stack_kept(setting, layers, setting.stored * rows * hidden)

@@ -229,13 +229,13 @@ class _Scratch(threading.local):
     together about as much as the arithmetic on it.
     """
 
-    memory = torch.empty(0)
+    memory = np.empty(0, dtype=np.float32)  # NumPy's: a tensor made in inference mode could not be used outside of it
 
     def floats(self, count: int) -> torch.Tensor:
         """(count,) of any values, overwritten at the next call."""
         if len(self.memory) < count:
-            self.memory = torch.empty(count)
-        return self.memory[:count]
+            self.memory = np.empty(count, dtype=np.float32)
+        return torch.from_numpy(self.memory[:count])
 
 
 _scratch = _Scratch()
