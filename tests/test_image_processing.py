@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.phi3v import Phi3VImageProcessor
+from common.phi3v import Phi3VImageProcessor, image_processing
 from common.phi3v.image_processing import CLIP_MEAN, CLIP_STD, plan_layout
 from tests.model_helpers import picture
 
@@ -69,13 +69,14 @@ def test_grey_picture(size: tuple[int, int]) -> None:
     assert_same(processor(grey), processor(grey.convert("RGB")))
 
 
-def test_pictures_one_after_another_leave_each_other_alone() -> None:
+def test_pictures_one_after_another_leave_each_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread's memory is used again: what a large picture left there is not seen, and what was returned stays."""
+    monkeypatch.setattr(image_processing, "_scratch", image_processing._Scratch())
     processor = Phi3VImageProcessor(num_crops=4)
     large, small = noise(900, 700), noise(60, 40)
     alone = Phi3VImageProcessor(num_crops=4)(small)
     with torch.inference_mode():
-        first = processor(large)  # the largest so far: it makes the memory
+        first = processor(large)  # makes the memory
     kept = {name: tensor.clone() for name, tensor in first.items()}
     assert_same(processor(small), alone)
     assert_same(first, kept)
