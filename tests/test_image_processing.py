@@ -71,10 +71,10 @@ def test_grey_picture(size: tuple[int, int]) -> None:
 
 def test_pictures_one_after_another_leave_each_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread's memory is used again: what a large picture left there is not seen, and what was returned stays."""
-    monkeypatch.setattr(image_processing, "_scratch", image_processing._Scratch())
     processor = Phi3VImageProcessor(num_crops=4)
-    large, small = noise(900, 700), noise(60, 40)
-    alone = Phi3VImageProcessor(num_crops=4)(small)
+    large, small = noise(900, 700), noise(700, 250)
+    alone = processor(small)
+    monkeypatch.setattr(image_processing, "_scratch", image_processing._Scratch())
     with torch.inference_mode():
         first = processor(large)  # makes the memory
     kept = {name: tensor.clone() for name, tensor in first.items()}
