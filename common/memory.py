@@ -158,8 +158,9 @@ def linears_kept(setting: Setting, trains: bool, rows: int, linears: Sequence[Li
     if not setting.uses_lora:
         return COMPUTE * rows * sum(one.inputs for one in linears if one.keeps_input) if trains else 0
     rank, kept = setting.lora_rank, 0
-    for one in linears:  # every adapter casts its input for itself, and its two matrices
-        kept += COMPUTE * (rows * (one.inputs + rank) + rank * (one.inputs + one.outputs))
+    for one in linears:  # every adapter casts its two matrices for itself, and in float16 its input
+        inputs = one.inputs if one.keeps_input or setting.stored != COMPUTE else 0
+        kept += COMPUTE * (rows * (inputs + rank) + rank * (one.inputs + one.outputs))
         if setting.stored != COMPUTE and setting.method != "qlora":
             kept += COMPUTE * one.inputs * one.outputs  # and so is the base's weight
     return kept
@@ -266,13 +267,13 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
         about = f"{views} sub-images of {patch_rows // views} patches, {again_in_words}"
     yield Part("activations, image side", "backward", kept_image, about)
     # Either the last layer with the gradients of its attention on their way, or the one before it with those of its
-    # network's two halves (an adapter's come in float32), when what the last one kept is free again.
+    # network's two halves (an adapter's of float16 come in float32), when what the last one kept is free again.
     again = computed_again(setting, len(layers))
     eager = setting.attention == "eager"
     flowing = rows * (config.num_attention_heads * setting.tokens * (4 + COMPUTE) if eager else 4 * COMPUTE * hidden)
     at_work = flowing + (last if again[-1] else 0)
     if len(layers) > 1:
-        flowing = rows * config.intermediate_size * COMPUTE * (4 if setting.uses_lora else 3)
+        flowing = rows * config.intermediate_size * COMPUTE * (3 if setting.stored == COMPUTE else 4)
         at_work = max(at_work, flowing + (layers[-2] if again[-2] else 0) - kept_by_layer[-1])
     yield Part("a decoder layer at work", "backward", at_work, "computed again, gradients on their way")
     logits = labelled * config.vocab_size * (2 * COMPUTE + 3 * 4)

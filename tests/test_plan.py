@@ -23,7 +23,7 @@ from common import memory
 from common.cli import CHECKPOINTING
 from common.errors import UserError
 from common.layers import recompute_layers
-from common.loading import add_adapters, choose_weights
+from common.loading import add_adapters, choose_weights, leave_casting_to_autocast
 from common.memory import METHODS, Setting, estimate, needed, optimizer_bytes, peak
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from tests.launch import REPOSITORY, read_log, run_script
@@ -51,6 +51,7 @@ def prepare(model, method, which="none"):
     options.freeze_vision_model = method == "frozen"
     if method in ("lora", "qlora"):
         model = add_adapters(model, options)
+        leave_casting_to_autocast(model)
     else:
         choose_weights(model, options)
     recompute_layers(model, which)
