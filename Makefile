@@ -57,14 +57,14 @@ endif
 	  --output_dir $(DEMO)/$(TASK)/output_shuffled --eval_only
 
 # Beside each other, for a test waits as often as it counts; those of one file share what they start.
-WORKERS ?= 3
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+USUAL_WORKERS := 3
+PYTEST = $(BIN)/python -m pytest -n $(or $(WORKERS),$(USUAL_WORKERS)) --dist loadfile --no-loadscope-reorder
 
 test: install-dev
 	$(PYTEST) -m "not long" tests
 
 # of the long tests most run a training of two processes, and wait for its start more than they count
-test-all: WORKERS := 4
+test-all: USUAL_WORKERS := 4
 test-all: install-dev
 	$(PYTEST) tests
 

@@ -185,13 +185,17 @@ def convert(video: Video, out_dir: Path, num_frames: int) -> str | None:
     return None
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent, so that videos under way are finished; end when the parent has been killed.
+def keep_freed_memory() -> None:
+    """Keep glibc from giving every frame's memory back to the system and asking for it again, 400 pages a video.
 
-    Linux's allocator gives every frame's memory back to the system and asks for it again, 400 pages a video, until it
-    has seen a large block come and go.
+    It does so with blocks larger than the largest that it has seen freed; of 32 MB and more it takes no notice.
     """
-    bytearray(31 << 20)  # of 32 MB it takes no notice
+    bytearray(31 << 20)
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, so that videos under way are finished; end when the parent has been killed."""
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 

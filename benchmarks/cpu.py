@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given += [] if method == "full" else ["--no-peaks"]  # `RATIOS` compares none
         parts[method] = throughput.measure(throughput.parse_options(given))
         throughput.print_result(parts[method])
+    # pages enough for a median: each takes milliseconds, in which anything else is felt
     parts["preprocess"] = preprocess.measure(num_crops=16, rounds=4 * options.rounds, page_width=options.page_width)
     preprocess.print_result(parts["preprocess"])
     given = [*where, "--rounds", str(max(1, options.rounds // 5)), "--pages_per_turn", "2", "--eval_batch_size", "8"]

@@ -83,11 +83,11 @@ def use_liger_kernels(model: Phi3VForCausalLM) -> None:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile every layer that runs; layers of one stack share what is compiled.
+    """Compile every layer that runs; those of one stack that do the same share what is compiled.
 
     The decoder's for any length at once, since two steps are hardly ever equally long; the tower's, whose pictures'
-    parts all have one size, for the numbers of them that there are. The two stacks, recomputed and kept layers are
-    compiled apart: more than the eight of one function after which torch gives up.
+    parts all have one size, for the numbers of them that there are. The two stacks, the decoder's last layer, and
+    recomputed and kept layers are compiled apart: more than the eight of one function after which torch gives up.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     decoder, tower = stacks_of(model)

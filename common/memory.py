@@ -158,8 +158,8 @@ def linears_kept(setting: Setting, trains: bool, rows: int, linears: Sequence[Li
     if not setting.uses_lora:
         return COMPUTE * rows * sum(one.inputs for one in linears if one.keeps_input) if trains else 0
     rank, kept = setting.lora_rank, 0
-    for one in linears:  # every adapter casts its two matrices for itself, and in float16 its input
-        inputs = one.inputs if one.keeps_input or setting.stored != COMPUTE else 0
+    for one in linears:  # every adapter casts its two matrices for itself
+        inputs = one.inputs if one.keeps_input else 0
         kept += COMPUTE * (rows * (inputs + rank) + rank * (one.inputs + one.outputs))
         if setting.stored != COMPUTE and setting.method != "qlora":
             kept += COMPUTE * one.inputs * one.outputs  # and so is the base's weight
@@ -177,34 +177,35 @@ def attention_kept(config: Phi3VConfig, setting: Setting, rows: int, length: int
     attention += heads * length * (4 + COMPUTE) if eager else COMPUTE * hidden + 4 * heads
     # attention's output lies head by head, as the rotated queries do, and is copied
     linears = (Linear(hidden, hidden + 2 * kv_width), Linear(hidden, hidden))
-    return rows * (norm_kept(config, setting) + attention) + linears_kept(setting, True, rows, linears)
+    return rows * (norm_kept_per_position(config, setting) + attention) + linears_kept(setting, True, rows, linears)
 
 
 def network_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
-    """The same for its second half, the feed-forward network."""
+    """What the second half of a decoder layer, the feed-forward network, keeps for its backward pass, in bytes."""
     hidden, wide = config.hidden_size, config.intermediate_size
     activated = COMPUTE * 3 * wide  # gate and up, the activated gate
     linears = (Linear(hidden, 2 * wide), Linear(wide, hidden))
-    return rows * (norm_kept(config, setting) + activated) + linears_kept(setting, True, rows, linears)
+    return rows * (norm_kept_per_position(config, setting) + activated) + linears_kept(setting, True, rows, linears)
 
 
-def norm_kept(config: Phi3VConfig, setting: Setting) -> int:
-    """A position: the input in float32, and if the weight trains what it is multiplied with."""
+def norm_kept_per_position(config: Phi3VConfig, setting: Setting) -> int:
+    """In bytes: the input in float32, and if the weight trains what it is multiplied with."""
     return 4 * config.hidden_size + 4 + (0 if setting.uses_lora else setting.stored * config.hidden_size)
 
 
 def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
-    """The same for a layer of a tower that trains."""
+    """What a layer of a tower that trains keeps for its backward pass where it is not computed again, in bytes."""
     tower = config.tower_config()
     width, wide, heads = tower.hidden_size, tower.intermediate_size, tower.num_attention_heads
     eager = setting.attention == "eager"
     patches = (tower.image_size // tower.patch_size) ** 2 + 1
     norms = 2 * ((AUTOCAST_NORM if setting.uses_lora else setting.stored) * width + 8)
+    casts = setting.uses_lora and AUTOCAST_NORM != COMPUTE  # each adapter for itself what the norm gives all three
     attention = COMPUTE * 3 * width
     attention += heads * patches * (4 + COMPUTE) if eager else COMPUTE * width + 4 * heads
     mlp = COMPUTE * (2 if tower.hidden_act == "quick_gelu" else 1) * wide
     linears = (
-        *(Linear(width, width), Linear(width, width, keeps_input=False), Linear(width, width, keeps_input=False)),
+        *(Linear(width, width), Linear(width, width, keeps_input=casts), Linear(width, width, keeps_input=casts)),
         Linear(width, width, keeps_input=eager),
         *(Linear(width, wide), Linear(wide, width)),
     )
@@ -242,10 +243,10 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     last = attention + network_kept(config, setting, labelled)
     layers = [attention + network] * (config.num_hidden_layers - 1) + [last]
     kept_by_layer = stack_kept(setting, layers, setting.stored * rows * hidden)
-    if setting.method == "frozen" and not computed_again(setting, len(layers))[0]:
+    if setting.freezes_vision and not computed_again(setting, 1)[0]:
         kept_by_layer[0] -= rows * (4 * hidden + 4)  # the first norm's input has no gradient
     # the last norm; the rotation, which all layers share
-    kept = sum(kept_by_layer) + labelled * norm_kept(config, setting)
+    kept = sum(kept_by_layer) + labelled * norm_kept_per_position(config, setting)
     kept += 2 * COMPUTE * rows * hidden // config.num_attention_heads
     # with checkpointing, embeddings that do not train are made to require gradients, and so are kept
     marks_inputs = setting.gradient_checkpointing != "none" and setting.method != "full"
@@ -260,6 +261,8 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
         one = tower_layer_kept(config, setting, patch_rows)
         state = setting.stored * patch_rows * width
         kept_image += sum(stack_kept(setting, [one] * config.num_tower_layers_used, state))
+        if setting.uses_lora and not computed_again(setting, 1)[0]:
+            kept_image -= patch_rows * (AUTOCAST_NORM * width + 8)  # the first norm's input has no gradient
         # the patches and what the norm before the layers is given
         kept_image += 2 * state * marks_inputs if setting.uses_lora else setting.stored * pixels + state
         projection = (Linear(4 * width, hidden), Linear(hidden, hidden))

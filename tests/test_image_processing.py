@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,19 @@ def test_pictures_one_after_another_leave_each_other_alone(monkeypatch: pytest.M
     assert_same(processor(small), alone)
     assert_same(first, kept)
     assert_same(processor(large), kept)
+
+
+def test_threads_do_not_share_their_memory() -> None:
+    with ThreadPoolExecutor(2) as threads:
+        both_at_once = threading.Barrier(2)
+
+        def address(_: int) -> int:
+            memory = image_processing._scratch.floats(100)
+            both_at_once.wait(timeout=60)
+            return memory.data_ptr()
+
+        first, second = threads.map(address, range(2))
+    assert first != second
 
 
 def test_transparent_palette() -> None:

@@ -195,6 +195,31 @@ def test_activations_are_what_the_allocator_counts(method, attention, which, mon
     within(case, "activations at most, relative", abs(expected / at_most - 1), 0.10)
 
 
+def test_norms_that_autocast_makes_float32_cost_what_is_computed(monkeypatch):
+    """As on CUDA: a tower's norms keep their input in float32, and each adapter casts what they give for itself."""
+    config, setting = small_config(), setting_of("lora", gradient_checkpointing="none")
+
+    def kept(norm_bytes):
+        monkeypatch.setattr(memory, "AUTOCAST_NORM", norm_bytes)
+        torch.manual_seed(0)
+        model = prepare(Phi3VForCausalLM(config).to(torch.bfloat16), "lora")
+        real, _ = allocations(model, "lora", TOKENS)
+        parts = {part.name: part.size for part in memory.activation_parts(config, setting)}
+        return real, parts["activations, image side"]
+
+    real, expected = kept(2)
+    layer_norm = torch.nn.functional.layer_norm
+    monkeypatch.setattr(
+        torch.nn.LayerNorm,
+        "forward",
+        lambda self, states: layer_norm(
+            states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        ),
+    )
+    real_in_float32, expected_in_float32 = kept(4)
+    assert expected_in_float32 - expected == pytest.approx(real_in_float32 - real, rel=0.05)
+
+
 def test_without_a_matrix_of_positions_memory_grows_with_the_length_and_with_one_faster():
     config = plan.load_config("official")
 

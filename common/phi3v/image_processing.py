@@ -26,7 +26,7 @@ AUTO_MAP = {
     "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
     "AutoProcessor": "processing_phi3_v.Phi3VProcessor",
 }
-BAND = 84  # rows of pixels that are normalised and cut at once: few enough to stay in a core's cache
+BAND = 84  # rows of pixels that are normalised and cut at once, a part of CROP; the fastest of 7, 14, 21, 28, 42 and 84
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

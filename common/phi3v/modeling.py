@@ -9,7 +9,8 @@ Notation used for tensor shapes
 - width: the tower's hidden size (1024)
 - hidden: the decoder's hidden size (3072)
 - features: image features of all images together, one per `<|image|>` token
-- labelled: positions whose next token is to be predicted, of all rows together; of Phi3VModel's result they are read
+- labelled: positions of all rows together whose next token is to be predicted
+- read: positions of the decoder's result that are used; in training the labelled ones
 - examples: what the loss is the mean over: the rows, or in a packed batch what the rows hold (see masks.py)
 
 The behaviour is that of the code published with the checkpoints (microsoft/Phi-3.5-vision-instruct);
@@ -211,7 +212,7 @@ class Phi3VDecoderLayer(Phi3DecoderLayer):
         """(batch, seq, hidden) -> the same; of the last layer (1, read, hidden) where `read_positions` (read,) tells
         which of the batch * seq positions are read.
         """
-        if read_positions is None or not self.is_last:
+        if not self.is_last or read_positions is None:
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.resid_attn_dropout(attended)
@@ -401,7 +402,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         Returns:
             `loss`: the mean over examples of `loss_weights` times the example's mean over its own
             labelled positions (each counts once, however long its answer); `logits` (batch, kept
-            positions, vocabulary) without labels; the cache.
+            positions, vocabulary) without labels; the cache. With labels, the last of `hidden_states`
+            that were asked for is (1, labelled, hidden).
         """
         read_positions = None
         if labels is not None:
@@ -425,7 +427,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         if read_positions is not None:
             if branch_ids is None:  # a row is an example
                 branch_ids = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
-            targets, examples = (of.flatten()[read_positions + 1] for of in (labels, branch_ids))  # (labelled,)
+            predicted = read_positions + 1
+            targets, examples = labels.flatten()[predicted], branch_ids.flatten()[predicted]  # (labelled,)
             num_examples = int(branch_ids.max()) + 1 if loss_weights is None else len(loss_weights)
             token_losses = self._token_losses(outputs.last_hidden_state[0], targets)
             loss = mean_over_examples(token_losses, examples, num_examples, loss_weights)
