@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, sharing_score, throughput
-from benchmarks.models import make_model, make_processor, quantize, training_flops
+from benchmarks.models import adapter_flops, make_model, make_processor, quantize, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
 from common.demo import CHECKPOINT
 from common.phi3v import Phi3VImageProcessor
@@ -187,6 +187,26 @@ def test_frozen_and_adapter_steps_count_less() -> None:
     full, frozen, lora = (training_flops(model, method, batch) for method in ("full", "frozen", "lora"))
     assert lora == full * 2 / 3  # without adapters
     assert full / 3 < frozen < full
+
+
+def test_adapters_operations_are_those_of_the_positions_that_they_see() -> None:
+    """Exactly, by what each adapter's matrices are given: few positions in the head and in the last layer's network."""
+    runner = tiny_runner("lora", dtype=torch.float32)
+    batch = throughput.Passes(Variant.parse("single"), runner.processor, [[(measuring.make_page(0, LETTER), 0)]])[0]
+    counted = []
+
+    def count(module: torch.nn.Linear, states: tuple[torch.Tensor]) -> None:
+        counted.append(2 * module.weight.numel() * states[0].shape[:-1].numel())
+
+    for name, module in runner.model.named_modules():
+        if "lora_" in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(count)
+    runner.configure(Variant.parse("single:recompute=none"))
+    runner.backward(Variant.parse("single:recompute=none"), batch)
+    is_image = batch["input_ids"] == runner.model.config.image_token_id
+    sizes = (batch["input_ids"].numel(), int((batch["labels"] != -100).sum()))
+    sizes += (len(batch["pixel_values"]) * 577, int(is_image.sum()))
+    assert adapter_flops(runner.model, *sizes) == sum(counted)
 
 
 def test_frozen_reference_keeps_no_graph_of_the_tower() -> None:
