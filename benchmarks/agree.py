@@ -50,6 +50,24 @@ BFLOAT16 = (
     *("single:attention=flash_attention_2", "single:tokens=4096,attention=flash_attention_2"),
     "shared:tokens=4096,attention=flex_attention",
 )
+# what is different with adapters: how their products are added; the reference has PEFT's own way
+LORA_FLOAT32 = ("reference", "single", "shared:tokens=4096")
+LORA_BFLOAT16 = ("single", "single:tokens=4096", "shared:tokens=4096", "single:tokens=4096,kernels=compiled")
+
+
+def paths() -> list[tuple[str, torch.dtype, tuple[str, ...]]]:
+    """Method, precision and variants that are compared; a method's float32 comes first."""
+    return [
+        ("full", torch.float32, FLOAT32),
+        ("full", torch.bfloat16, BFLOAT16),
+        ("lora", torch.float32, LORA_FLOAT32),
+        ("lora", torch.bfloat16, LORA_BFLOAT16),
+    ]
+
+
+def label(method: str, variant: str, dtype: torch.dtype | str) -> str:
+    """How a comparison is named."""
+    return f"{'' if method == 'full' else method + ', '}{variant}, {str(dtype).removeprefix('torch.')}"
 
 
 def gradients(runner: Runner, name: str, pages: list[Page]) -> Gradients:
@@ -101,29 +119,31 @@ def measure(
     about = header(device)
     pages = [make_page(number, (page_width, round(page_width * 2200 / 1700))) for number in range(2)]
     pages = [replace(page, questions=page.questions[:questions]) for page in pages]
-    rows, left_out, wanted, own_error = [], {}, None, None
-    for dtype, variants in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
-        runner = Runner(size, "full", num_crops, device, dtype)
+    rows, left_out, wanted = [], {}, {}
+    for method, dtype, variants in paths():
+        asked = [
+            name
+            for name in variants
+            if (not only or any(part in name for part in only)) and not any(part in name for part in skip)
+        ]
+        runner = Runner(size, method, num_crops, device, dtype)
         draw_weights(runner.model)
         reference = gradients(runner, REFERENCE, pages)
-        if wanted is None:
-            wanted = reference
-        else:
-            own_error = whole_difference(reference, wanted)
-        for name in variants:
-            if (only and not any(part in name for part in only)) or any(part in name for part in skip):
-                continue
+        own_error = whole_difference(reference, wanted[method]) if method in wanted else None
+        wanted.setdefault(method, reference)
+        for name in asked:
             reason = why_not(name, device)
             if reason:
-                left_out[f"{name}, {dtype}"] = reason
+                left_out[label(method, name, dtype)] = reason
                 continue
             found = gradients(runner, name, pages)
             if own_error is None:
-                (difference, parameter), tolerance = worst_difference(found, wanted), TOLERANCE
+                (difference, parameter), tolerance = worst_difference(found, wanted[method]), TOLERANCE
             else:
-                difference, parameter, tolerance = whole_difference(found, wanted), "all", 3 * own_error
+                difference, parameter, tolerance = whole_difference(found, wanted[method]), "all", 3 * own_error
             rows.append(
                 {
+                    "method": method,
                     "variant": name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "difference": float(f"{difference:.3g}"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agree import BFLOAT16, FLOAT32
+from benchmarks.agree import label, paths
 from benchmarks.measuring import RESULTS, in_words, markdown
 from tools.recipes import with_tables
 
@@ -156,9 +156,11 @@ def on_a_gpu(folder: Path) -> str:
 
 def not_compared(results: Sequence[dict[str, Any]]) -> str:
     """The paths whose gradients no result holds, nor a reason why not."""
-    known = {f"{row['variant']}, {row['dtype']}" for result in results for row in result["rows"]}
+    known = {
+        label(row.get("method", "full"), row["variant"], row["dtype"]) for result in results for row in result["rows"]
+    }
     known |= {name.replace("torch.", "") for result in results for name in result["left_out"]}
-    asked = [f"{name}, {dtype}" for dtype, names in (("float32", FLOAT32), ("bfloat16", BFLOAT16)) for name in names]
+    asked = [label(method, name, dtype) for method, dtype, variants in paths() for name in variants]
     missing = [f"`{name}`" for name in asked if name not in known]
     return f"\nGradients not compared on a GPU: {'; '.join(missing)}.\n" if missing else ""
 
@@ -186,11 +188,18 @@ def fastest(result: dict[str, Any], published: dict[str, Any]) -> list[str]:
 def agreement(result: dict[str, Any]) -> str:
     """What `benchmarks/agree.py` found."""
     rows = [
-        [f"`{row['variant']}`", row["dtype"], f"{row['difference']:.1e}", f"{row['tolerance']:.1e}", row["agrees"]]
+        [
+            METHOD_NAMES[row.get("method", "full")],
+            f"`{row['variant']}`",
+            row["dtype"],
+            f"{row['difference']:.1e}",
+            f"{row['tolerance']:.1e}",
+            row["agrees"],
+        ]
         for row in result["rows"]
     ]
     text = f"Gradients of a small model against `{result['reference']}` in float32. {machine_line(result)}\n"
-    text += markdown(["variant", "precision", "relative difference", "allowed", "agrees"], rows)
+    text += markdown(["method", "variant", "precision", "relative difference", "allowed", "agrees"], rows)
     return text + "".join(f"\nLeft out: `{name}`: {reason}.\n" for name, reason in result["left_out"].items())
 
 

@@ -74,6 +74,7 @@ from benchmarks.models import (
     make_processor,
     prepare,
     recomputed_layers,
+    set_adapters,
     set_kernels,
     training_flops,
 )
@@ -232,6 +233,7 @@ class Runner:
             self.kernels = "none"  # also where the others cannot be had
             set_kernels(model, variant.kernels)
             self.kernels = variant.kernels
+        set_adapters(model, in_product=variant.way != "reference")
         model.config._attn_implementation = variant.attention  # the decoder's; the tower has its own
         for name, layer in recomputed_layers(model):
             part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
@@ -349,13 +351,24 @@ class MasterAdamW:
 # --- measurement
 
 
-def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    runner: Runner,
+    variants: Sequence[Variant],
+    options: argparse.Namespace,
+    about: dict[str, Any],
+    output: Path | None = None,
+) -> dict[str, Any]:
     """Turns in the order A B A B; a variant that runs out of memory or is not to be had is left out, and why is told.
 
-    With `--seconds` no round is begun that would not end in time, but for the first; the first turns take half of it.
+    With `--seconds` no round is begun that would not end in time, but for the first; the first turns take
+    `--seconds_of_first_turns` at most.
+
+    Args:
+        about: what the result says besides.
+        output: where it is written after every round: a run that is stopped leaves that.
 
     Returns:
-        Per variant its figures, or `left_out`; ratios to the first variant's questions per second.
+        Per variant its figures, or `left_out`; ratios to the first variant's questions per second; and `about`.
     """
     began = time.perf_counter()
     step_seconds = runner.step_seconds()
@@ -373,7 +386,7 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
                 raise RuntimeError("flash-attn is not installed")
             if variant.attention == "flex_attention" and runner.device.type == "cpu":
                 raise RuntimeError("FlexAttention has no backward pass on a CPU")
-            if running and time.perf_counter() - began > options.seconds / 2:
+            if running and time.perf_counter() - began > options.seconds_of_first_turns:
                 raise RuntimeError("no time left")
             memory.start()
             if on_gpu:
@@ -394,26 +407,33 @@ def compare(runner: Runner, variants: Sequence[Variant], options: argparse.Names
             turns.append(runner.turn(variant, turn_pages, options.questions_per_page))
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
         runner.step()
+        for variant, turns in running.items():
+            figures[variant.name] |= describe(turns, step_seconds, options.batch_size, ceiling)
+        result = {
+            **about,
+            "variants": figures,
+            "first": next(iter(running)).name if running else None,
+            "times_as_fast_as_the_first": compare_turns(running, step_seconds, options),
+            "rounds": number + 1,
+            "optimizer_step_seconds": round(step_seconds, 4),
+            "matrix_tflops": round(ceiling / 1e12, 3),
+        }
+        if output is not None:
+            write_json(output, result)
         now = time.perf_counter()
         if now - began + now - round_began > options.seconds:
             break
-    for variant, turns in running.items():
-        figures[variant.name] |= describe(turns, step_seconds, options.batch_size, ceiling)
-    ratios = {}
-    if running:
-        first, *others = running
-        for other in others:
-            pairs = zip(running[other], running[first], strict=True)
-            ratios[other.name] = spread(
-                [rate(one, step_seconds, options) / rate(two, step_seconds, options) for one, two in pairs]
-            )
+    return result
+
+
+def compare_turns(
+    running: dict[Variant, list[Turn]], step_seconds: float, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Every variant's questions per second by the first one's, turn by turn."""
+    rates = {variant: [rate(turn, step_seconds, options) for turn in turns] for variant, turns in running.items()}
+    first, *others = rates or [None]
     return {
-        "variants": figures,
-        "first": next(iter(running)).name if running else None,
-        "times_as_fast_as_the_first": ratios,
-        "rounds": max(map(len, running.values()), default=0),
-        "optimizer_step_seconds": round(step_seconds, 4),
-        "matrix_tflops": round(ceiling / 1e12, 3),
+        other.name: spread([one / two for one, two in zip(rates[other], rates[first], strict=True)]) for other in others
     }
 
 
@@ -488,13 +508,12 @@ def peak_in_own_process(variant: Variant, options: argparse.Namespace) -> float:
     return gigabytes(json.loads(ended.stdout.splitlines()[-1])["peak_above_bytes"])
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the options ask for, as the JSON holds it."""
+def measure(options: argparse.Namespace, output: Path | None = None) -> dict[str, Any]:
+    """Everything that the options ask for, as the JSON holds it; `output` as in `compare`."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     about = header(device)
     runner = Runner(options.size, options.method, options.num_crops, device, dtype, options.num_workers)
-    result = {
-        **about,
+    about |= {
         "method": options.method,
         "size": options.size,
         "dtype": options.dtype,
@@ -503,8 +522,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "page_size": options.page_size,
         "batch_size": options.batch_size,
         "pages_per_turn": options.pages_per_turn,
-        **compare(runner, options.compare, options),
     }
+    result = compare(runner, options.compare, options, about, output)
     del runner
     if device.type == "cpu" and options.peaks:
         for variant in options.compare:
@@ -556,6 +575,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pages_per_turn", type=int, default=8 if on_gpu else 2, help="(%(default)s)")
     parser.add_argument("--questions_per_page", type=int, metavar="N", help="asked by one-question ways (all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="about the most it may take (no limit)")
+    parser.add_argument("--seconds_of_first_turns", type=float, metavar="N", help="of these (half)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions per optimizer step (%(default)s)")
     parser.add_argument("--page_width", type=int, default=1700, help="pixels; 1.29 times as high (%(default)s)")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
@@ -572,6 +592,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = make_parser().parse_args(arguments)
     options.compare = options.compare or [options.variant]
     options.page_size = (options.page_width, round(options.page_width * 2200 / 1700))
+    if options.seconds_of_first_turns is None:
+        options.seconds_of_first_turns = options.seconds / 2
     options.output = options.output or RESULTS / f"throughput_{options.method}.json"
     return options
 
@@ -583,7 +605,7 @@ def main() -> None:
         runner = Runner(options.size, options.method, options.num_crops, device, dtype)
         print(json.dumps({"peak_above_bytes": measure_peak(runner, options.variant, options)}))
         return
-    result = measure(options)
+    result = measure(options, options.output)
     print_result(result)
     write_json(options.output, result)
 

@@ -19,7 +19,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .cli import choose_precision
 from .data import one_line
 from .errors import UserError
-from .layers import compile_layers, recompute_layers, use_liger_kernels
+from .layers import (
+    add_in_product,
+    compile_layers,
+    recompute_layers,
+    use_kernels_for_any_length,
+    use_liger_kernels,
+)
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import extract_commit_hash, find_file
 
@@ -196,6 +202,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
     gc.collect()  # what trained before goes in circles, and two models of real size would not fit
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    use_kernels_for_any_length()
     base, revision = checkpoint_of(name_or_path, options.revision)
     find_adapter(base, revision)  # also the base must be a checkpoint of this model
     # Every process reads the whole checkpoint, also under ZeRO-3: the engine divides the weights when
@@ -228,6 +235,7 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
             raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
         of_adapter = {"revision": options.revision, "is_trainable": not options.eval_only}
         model = PeftModel.from_pretrained(model, str(name_or_path), **of_adapter)
+        add_in_product(model)
     return model
 
 
@@ -258,6 +266,8 @@ def prepare_for_training(
         choose_weights(model, options)
     if options.precision.autocast is not None:
         leave_casting_to_autocast(model)
+    if options.use_lora:
+        add_in_product(model)
     recompute_layers(model, options.gradient_checkpointing)
     if options.torch_compile:
         compile_layers(model)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, sharing_score, throughput
-from benchmarks.models import adapter_flops, make_model, make_processor, quantize, training_flops
+from benchmarks.models import adapter_flops, make_model, make_processor, quantize, set_adapters, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
 from common.demo import CHECKPOINT
 from common.phi3v import Phi3VImageProcessor
@@ -202,6 +202,7 @@ def test_adapters_operations_are_those_of_the_positions_that_they_see() -> None:
         if "lora_" in name and isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(count)
     runner.configure(Variant.parse("single:recompute=none"))
+    set_adapters(runner.model, in_product=False)  # PEFT's layers call what is counted
     runner.backward(Variant.parse("single:recompute=none"), batch)
     is_image = batch["input_ids"] == runner.model.config.image_token_id
     sizes = (batch["input_ids"].numel(), int((batch["labels"] != -100).sum()))
@@ -351,7 +352,9 @@ def test_paths_are_shown_to_agree() -> None:
     result = agree.measure(CPU, "tiny", 340, num_crops=1, questions=2, skip=["compiled"])
     assert not any("compiled" in row["variant"] for row in result["rows"])
     assert all(row["agrees"] for row in result["rows"])
-    assert {row["dtype"] for row in result["rows"]} == {"float32", "bfloat16"}
+    assert {(row["method"], row["dtype"]) for row in result["rows"]} == {
+        (method, dtype) for method in ("full", "lora") for dtype in ("float32", "bfloat16")
+    }
     assert any("flex_attention" in name for name in result["left_out"])
 
 
@@ -461,13 +464,20 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
 
 
 def test_gradients_that_nobody_compared_are_told() -> None:
-    rows = [{"variant": name, "dtype": "bfloat16"} for name in agree.BFLOAT16 if "kernels" not in name]
-    results = [{"rows": rows, "left_out": {"single:kernels=liger, torch.bfloat16": "not installed"}}]
-    results += [{"rows": [{"variant": name, "dtype": "float32"} for name in agree.FLOAT32], "left_out": {}}]
+    rows = [
+        {"method": method, "variant": name, "dtype": str(dtype).removeprefix("torch.")}
+        for method, dtype, variants in agree.paths()
+        for name in variants
+    ]
+    slow = [row for row in rows if row["method"] == "full" and "kernels" in row["variant"]]
+    results = [{"rows": [row for row in rows if row not in slow], "left_out": {}}]
+    results += [{"rows": [], "left_out": {"single:kernels=liger, bfloat16": "not installed"}}]
     told = render.not_compared(results)
     assert "`single:kernels=compiled, bfloat16`; `shared:tokens=4096,kernels=compiled, bfloat16`" in told
     assert "single:kernels=liger" not in told
-    results[1]["rows"] += [{"variant": name, "dtype": "bfloat16"} for name in agree.BFLOAT16]
+    results[0]["rows"] = [row for row in rows if row["method"] == "full"]
+    assert "`lora, single:tokens=4096,kernels=compiled, bfloat16`" in render.not_compared(results)
+    results[1]["rows"] = [row for row in rows if row["method"] == "lora"]
     assert render.not_compared(results) == ""
 
 

@@ -7,6 +7,7 @@ for sums are added up in another order. A branch that sees its neighbour, or one
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from typing import Any
 
@@ -260,6 +261,39 @@ def test_by_document_with_fewer_key_heads() -> None:
     repeated = (one.repeat_interleave(2, dim=1) for one in (key, value))
     mask = dense_mask(positions, branches)
     wanted = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    assert (found - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_by_document_at_once(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """A GPU's kernel for sequences of different lengths gets a row of examples, never one whose branches share."""
+    positions, branches = small_pack()
+    if not shares:  # two examples, of 6 and 4 positions
+        positions = torch.tensor([[*range(6), *range(4)]])
+        branches = torch.tensor([[0] * 6 + [1] * 4])
+    calls = []
+
+    def varlen_attn(query, key, value, bounds, key_bounds, longest, longest_key, *, scale, window_size):
+        """As documented: (seq, heads, head), sequences between the bounds, a window of all before and none after."""
+        assert bounds is key_bounds
+        assert bounds.dtype == torch.int32
+        assert (longest, longest_key, window_size) == (6, 6, (-1, 0))
+        calls.append(bounds.tolist())
+        parts = []
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            states = (one[begin:end].transpose(0, 1) for one in (query, key, value))
+            parts.append(F.scaled_dot_product_attention(*states, is_causal=True, scale=scale).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr("common.phi3v.masks.varlen_attn", varlen_attn)
+    query, key, value = torch.randn(3, 1, 4, 10, 8, dtype=torch.float64)
+    documents = Documents(positions, branches)
+    wanted, _ = attend_by_document(None, query, key, value, None, documents, scaling=0.3)
+    assert calls == []  # on a CPU
+    monkeypatch.setattr("common.phi3v.masks.takes_all_lengths_at_once", lambda query: True)
+    found, _ = attend_by_document(None, query, key, value, None, documents, scaling=0.3)
+    assert calls == ([] if shares else [[0, 6, 10]])
+    assert found.shape == wanted.shape
     assert (found - wanted).abs().max() < 1e-12
 
 

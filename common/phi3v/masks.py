@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .stock import AttentionInterface, BlockMask, create_block_mask
+from .stock import AttentionInterface, BlockMask, create_block_mask, varlen_attn
 
 SHARED = -1
 BY_DOCUMENT = "sdpa_by_document"  # transformers' name of `attend_by_document`
@@ -107,23 +107,42 @@ class Document(NamedTuple):
 
 
 class Documents:
-    """A packed row's documents, in order; not a list, whose every length torch.compile would compile for."""
+    """A packed row's documents, in order; not a list, whose every length torch.compile would compile for.
+
+    Attributes:
+        each: the documents.
+        bounds: where each begins and the last one ends, (documents + 1,) int32.
+        longest: the longest one's length.
+        shares: whether any has branches.
+    """
 
     def __init__(self, position_ids: torch.Tensor, branch_ids: torch.Tensor) -> None:
         if len(position_ids) != 1:
             raise ValueError(f"a packed batch has one row, not {len(position_ids)}")
         sees = visibility(position_ids, branch_ids)
         places = torch.arange(position_ids.shape[1], device=position_ids.device)
-        bounds, _ = document_bounds(position_ids)
+        self.bounds, self.longest = document_bounds(position_ids)
         branches = branch_ids[0].cpu()
         self.each = []
-        for begin, end in itertools.pairwise(bounds.tolist()):
+        for begin, end in itertools.pairwise(self.bounds.tolist()):
             prefix = int((branches[begin:end] == SHARED).sum())
             if len(branches[begin + prefix : end].unique()) > 1:
                 mask = sees(0, None, places[begin + prefix : end, None], places[begin:end])
                 self.each.append(Document(end - begin, prefix, mask))
             else:
                 self.each.append(Document(end - begin, 0, None))
+        self.shares = any(document.mask is not None for document in self.each)
+
+
+def takes_all_lengths_at_once(query: torch.Tensor) -> bool:
+    """Whether PyTorch's kernel for sequences of different lengths serves (…, head): flash-attn's, of half precision."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return (
+        query.is_cuda
+        and is_half
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )
 
 
 @torch.compiler.disable
@@ -141,7 +160,8 @@ def attend_by_document(
     """The same rule by PyTorch's attention, document after document.
 
     An example, and a prefix, is causal attention, for which PyTorch has its fastest kernels on any device; branches,
-    which are short, attend to their whole document under a mask.
+    which are short, attend to their whole document under a mask. On a GPU, in half precision, a row of examples alone
+    is one call of the kernel for sequences of different lengths.
 
     Args:
         query, key, value: (1, heads, seq, head), as transformers hands them to an implementation of attention.
@@ -154,9 +174,14 @@ def attend_by_document(
     """
     if documents is None:
         raise ValueError(f'"{BY_DOCUMENT}" is for packed rows (branch_ids): use "sdpa"')
-    attend = functools.partial(
-        F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    has_groups = query.shape[1] != key.shape[1]
+    if not (documents.shares or has_groups or dropout) and takes_all_lengths_at_once(query):
+        # (1, heads, seq, head) -> (seq, heads, head)
+        states = (one[0].transpose(0, 1) for one in (query, key, value))
+        bounds, longest = documents.bounds, documents.longest
+        causal = {"scale": scaling, "window_size": (-1, 0)}
+        return varlen_attn(*states, bounds, bounds, longest, longest, **causal)[None], None
+    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=has_groups)
     lengths = [document.length for document in documents.each]
     states = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
     parts = []

@@ -330,6 +330,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         Returns:
             `last_hidden_state` (batch, seq, hidden), or (1, read, hidden), and the cache (packed rows have none).
         """
+        if branch_ids is not None:
+            if position_ids is None or attention_mask is not None or past_key_values is not None or use_cache:
+                raise ValueError("packed rows (branch_ids) need position_ids, and take neither mask nor cache")
+            use_cache = False
+            # before the images, for which a GPU takes long: what follows would wait for its answer
+            dtype = self.dtype if inputs_embeds is None else inputs_embeds.dtype
+            packed = packed_attention(self.config._attn_implementation, position_ids, branch_ids, dtype)
+            attention_mask, kwargs = packed.pop("attention_mask"), kwargs | packed
         if inputs_embeds is None and input_ids is not None:
             has_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
             if has_cache and pixel_values is None:
@@ -338,13 +346,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         elif pixel_values is not None:
             raise ValueError("pixel_values go with input_ids: inputs_embeds has no <|image|> tokens to replace")
-        if branch_ids is not None:
-            if position_ids is None or attention_mask is not None or past_key_values is not None or use_cache:
-                raise ValueError("packed rows (branch_ids) need position_ids, and take neither mask nor cache")
-            use_cache = False
-            packed = packed_attention(self.config._attn_implementation, position_ids, branch_ids, inputs_embeds.dtype)
-            attention_mask, kwargs = packed.pop("attention_mask"), kwargs | packed
-        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if branch_ids is None and position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # Left-padded rows count their positions from their first real token, as when unpadded.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -113,4 +114,5 @@ __all__ = [
     "find_fused_cross_entropy",
     "modeling_phi3",
     "register_with_auto_classes",
+    "varlen_attn",
 ]
