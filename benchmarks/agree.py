@@ -50,7 +50,7 @@ BFLOAT16 = (
     *("single:attention=flash_attention_2", "single:tokens=4096,attention=flash_attention_2"),
     "shared:tokens=4096,attention=flex_attention",
 )
-# what is different with adapters: how their products are added; the reference has PEFT's own way
+# with adapters autocast chooses the precision
 LORA_FLOAT32 = ("reference", "single", "shared:tokens=4096")
 LORA_BFLOAT16 = ("single", "single:tokens=4096", "shared:tokens=4096", "single:tokens=4096,kernels=compiled")
 
@@ -86,6 +86,8 @@ def draw_weights(model: torch.nn.Module) -> None:
                 continue
             is_large = name.endswith(("model.embed_tokens.weight", "position_embedding.weight", "_GN"))
             scale = 1.0 if is_large else parameter[0].numel() ** -0.5
+            if "lora_" in name:  # a small change of what they are added to, as when they train
+                scale *= 0.3
             drawn = torch.randn(parameter.shape, generator=generator) * (0.02 if name.endswith("bias") else scale)
             parameter.copy_(drawn.to(torch.bfloat16))  # what both precisions can hold
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from common.cli import choose_precision, make_parser
 from common.demo import CHECKPOINT
-from common.layers import AddsInProduct, add_in_product, use_kernels_for_any_length
+from common.layers import use_kernels_for_any_length
 from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.modeling import IGNORED_LABEL
@@ -151,15 +151,6 @@ def set_kernels(model: Phi3VForCausalLM, which: str) -> None:
 
         (use_liger_kernels if which == "liger" else compile_layers)(model)
         model.fuses_loss = which == "liger"
-
-
-def set_adapters(model: nn.Module, in_product: bool) -> None:
-    """Let LoRA's layers compute as ours do or, not `in_product`, as PEFT's."""
-    add_in_product(model)
-    if not in_product:
-        for module in model.modules():
-            if isinstance(module, AddsInProduct):
-                module.__class__ = type(module).__mro__[2]  # after ours and the mixin, PEFT's
 
 
 def recomputed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

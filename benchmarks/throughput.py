@@ -74,7 +74,6 @@ from benchmarks.models import (
     make_processor,
     prepare,
     recomputed_layers,
-    set_adapters,
     set_kernels,
     training_flops,
 )
@@ -233,7 +232,6 @@ class Runner:
             self.kernels = "none"  # also where the others cannot be had
             set_kernels(model, variant.kernels)
             self.kernels = variant.kernels
-        set_adapters(model, in_product=variant.way != "reference")
         model.config._attn_implementation = variant.attention  # the decoder's; the tower has its own
         for name, layer in recomputed_layers(model):
             part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
@@ -295,17 +293,18 @@ class Runner:
         if self.num_workers:  # the workers' start is an epoch's, not a step's
             first = next(batches)
             batches = chain_first(first, batches)
+        taken = []
         with stopwatch(self.device) as seconds:
-            while True:
+            for _ in work:  # and no further: the workers' end is an epoch's, too
                 began = time.perf_counter()
-                batch = next(batches, None)
+                batch = next(batches)
                 done.waiting += time.perf_counter() - began
-                if batch is None:
-                    break
-                done.questions += count_questions(batch)
-                done.tokens += batch["input_ids"].numel()
-                done.flops += training_flops(self.model, self.method, batch)
                 self.backward(variant, batch)
+                taken.append({name: tensor for name, tensor in batch.items() if name != "pixel_values"})
+        for batch in taken:
+            done.questions += count_questions(batch)
+            done.tokens += batch["input_ids"].numel()
+            done.flops += training_flops(self.model, self.method, batch)
         done.seconds = seconds[0]
         return done
 

@@ -1,4 +1,4 @@
-"""What is done to the layers for speed or memory: kernels, recomputation, adapters' products, torch.compile.
+"""What is done to the layers for speed or memory: kernels of attention, recomputation, Liger's, torch.compile.
 
 Each leaves the layers' names, weights and results (but for rounding) as they are.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from peft.tuners import lora
 from torch import nn
 
 from .phi3v import Phi3VForCausalLM
@@ -60,49 +59,6 @@ def recompute_layers(model: nn.Module, which: str) -> None:
 def _weights(layers: list[nn.Module]) -> Iterator[nn.Parameter]:
     for layer in layers:
         yield from layer.parameters()
-
-
-class AddsInProduct:
-    """PEFT's LoRA layer, whose two products are added as the second is computed.
-
-    PEFT computes the adapter's output, scales it and adds it, each a pass over memory as wide as the layer's output.
-    Here one matrix product begins from the base layer's output, and is rounded once instead of three times.
-    """
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """(…, in) -> (…, out)"""
-        names = self.active_adapters
-        is_plain = len(names) == 1 and names[0] in self.lora_A and not (args or kwargs or self.lora_variant)
-        if not is_plain or self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        (name,) = names
-        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-        if x.dtype != lora_a.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)  # which casts
-        inputs = x.flatten(0, -2)
-        base_outputs = self.base_layer(inputs)
-        reduced = lora_a(self.lora_dropout[name](inputs)) * self.scaling[name]  # (positions, rank)
-        outputs = torch.addmm(base_outputs, reduced, lora_b.weight.t())
-        return outputs.view(*x.shape[:-1], -1)
-
-
-class AdaptedLinear(AddsInProduct, lora.Linear):
-    """On a linear layer."""
-
-
-if hasattr(lora, "Linear4bit"):  # with bitsandbytes
-
-    class AdaptedLinear4bit(AddsInProduct, lora.Linear4bit):
-        """On one whose weights are in NF4."""
-
-
-def add_in_product(model: nn.Module) -> None:
-    """Let every LoRA layer of a `PeftModel` compute as `AddsInProduct`; names and weights stay."""
-    for module in model.modules():
-        if type(module) is lora.Linear:
-            module.__class__ = AdaptedLinear
-        elif type(module) is getattr(lora, "Linear4bit", None):
-            module.__class__ = AdaptedLinear4bit
 
 
 def use_liger_kernels(model: Phi3VForCausalLM) -> None:

@@ -20,7 +20,6 @@ from .cli import choose_precision
 from .data import one_line
 from .errors import UserError
 from .layers import (
-    add_in_product,
     compile_layers,
     recompute_layers,
     use_kernels_for_any_length,
@@ -235,7 +234,6 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
             raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
         of_adapter = {"revision": options.revision, "is_trainable": not options.eval_only}
         model = PeftModel.from_pretrained(model, str(name_or_path), **of_adapter)
-        add_in_product(model)
     return model
 
 
@@ -266,8 +264,6 @@ def prepare_for_training(
         choose_weights(model, options)
     if options.precision.autocast is not None:
         leave_casting_to_autocast(model)
-    if options.use_lora:
-        add_in_product(model)
     recompute_layers(model, options.gradient_checkpointing)
     if options.torch_compile:
         compile_layers(model)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, sharing_score, throughput
-from benchmarks.models import adapter_flops, make_model, make_processor, quantize, set_adapters, training_flops
+from benchmarks.models import adapter_flops, make_model, make_processor, quantize, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
 from common.demo import CHECKPOINT
 from common.phi3v import Phi3VImageProcessor
@@ -202,7 +202,6 @@ def test_adapters_operations_are_those_of_the_positions_that_they_see() -> None:
         if "lora_" in name and isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(count)
     runner.configure(Variant.parse("single:recompute=none"))
-    set_adapters(runner.model, in_product=False)  # PEFT's layers call what is counted
     runner.backward(Variant.parse("single:recompute=none"), batch)
     is_image = batch["input_ids"] == runner.model.config.image_token_id
     sizes = (batch["input_ids"].numel(), int((batch["labels"] != -100).sum()))

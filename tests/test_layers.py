@@ -11,13 +11,10 @@ import sys
 import peft
 import pytest
 import torch
-from peft.tuners import lora
 from transformers.models.phi3 import modeling_phi3
 
 from common.collation import pack
 from common.layers import (
-    AdaptedLinear,
-    add_in_product,
     causal_lm_of,
     compile_layers,
     recompute_layers,
@@ -103,115 +100,6 @@ def test_compiled_layers(batch, which: str) -> None:
     difference, name = worst_difference(model, packed_gradients(model, batch, "sdpa"), wanted)
     assert difference <= 1e-5, name
     assert not breaks
-
-
-# Adapters
-
-
-def adapted(batch: dict[str, torch.Tensor], dtype: torch.dtype, **config) -> tuple[peft.PeftModel, dict]:
-    """A model with LoRA as PEFT computes it, both of its halves drawn, and its gradients."""
-    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head", "fc1", "q_proj", "img_projection.0"]
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **config)
-    model = peft.get_peft_model(training_model("sdpa", dtype), config).to(dtype)
-    return model, packed_gradients(model, batch)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_adapters_products_are_added_in_one(batch, dtype: torch.dtype, tolerance: float) -> None:
-    model, wanted = adapted(batch, dtype)
-    names = [name for name, _ in model.named_parameters()]
-    add_in_product(model)
-    layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
-    assert {type(layer) for layer in layers} == {AdaptedLinear}
-    assert [name for name, _ in model.named_parameters()] == names
-    called = []
-    for layer in layers:
-        layer.register_forward_hook(lambda *ignored: called.append(True))
-    products = []
-    original = torch.addmm
-
-    def addmm(*arguments):
-        products.append(True)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "addmm", addmm)
-        found = packed_gradients(model, batch)
-    assert len(products) == len(called) == len(layers) - 2  # the tower's last layer is not run
-    assert len(wanted) == len(found) == 2 * len(called)
-    for name, gradient in wanted.items():
-        norm = max(gradient.norm(), 1e-8)
-        assert (found[name] - gradient).norm() <= tolerance * norm, name
-
-
-def test_adapters_that_are_not_alone(batch) -> None:
-    """Switched off, merged, several at once, or in another precision without autocast: as PEFT computes them."""
-    model, _ = adapted(batch, torch.float32)
-    other = peft.LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model.add_adapter("other", other)
-    layer = model.base_model.model.model.layers[0].self_attn.qkv_proj
-    states = torch.randn(2, 3, layer.in_features)
-
-    def outputs() -> list[torch.Tensor]:
-        found = []
-        for names in ("default", "other", ["default", "other"]):
-            model.base_model.set_adapter(names)
-            found.append(layer(states))
-        with model.disable_adapter():
-            found.append(layer(states))
-        model.base_model.set_adapter("default")
-        layer.merge()
-        found.append(layer(states))
-        layer.unmerge()
-        layer.to(torch.bfloat16)
-        layer.lora_A["default"].float(), layer.lora_B["default"].float()
-        found.append(layer(states.bfloat16()).float())
-        layer.to(torch.float32)
-        return found
-
-    states_before = {name: value.clone() for name, value in layer.state_dict().items()}
-    wanted = outputs()
-    layer.load_state_dict(states_before)
-    add_in_product(model)
-    for found, one in zip(outputs(), wanted, strict=True):
-        assert (found - one).norm() <= 1e-6 * one.norm()
-
-
-def test_adapters_drop_out(batch) -> None:
-    """The same places of the input, of the same scale, given the same random state."""
-    model, _ = adapted(batch, torch.float64, lora_dropout=0.5)
-    model.train()
-    torch.manual_seed(2)
-    wanted = packed_gradients(model, batch)
-    add_in_product(model)
-    torch.manual_seed(2)
-    found = packed_gradients(model, batch)
-    assert all((found[name] - one).norm() <= 1e-12 * max(one.norm(), 1e-8) for name, one in wanted.items())
-    torch.manual_seed(3)
-    again = packed_gradients(model, batch)
-    assert any((again[name] - one).norm() > 0.1 * one.norm() for name, one in wanted.items())
-
-
-def test_adapters_under_autocast(batch) -> None:
-    """Float32 adapters over bfloat16 weights: nearer to exact than PEFT's way, which rounds three times."""
-    model, exact = adapted(batch, torch.float64)
-    halves = []
-    for change in (lambda model: None, add_in_product):
-        model, _ = adapted(batch, torch.float32)
-        for name, weight in model.named_parameters():
-            if "lora_" not in name:
-                weight.data = weight.data.bfloat16()
-        change(model)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            halves.append(packed_gradients(model, batch))
-    assert all(gradient.dtype == torch.float32 for gradient in halves[1].values())
-    theirs, ours = (
-        sum((found[name].double() - one).square().sum() for name, one in exact.items()).sqrt() for found in halves
-    )
-    whole = sum(one.square().sum() for one in exact.values()).sqrt()
-    assert ours <= 1.2 * theirs
-    assert theirs <= 0.05 * whole
 
 
 def test_no_kernels_that_are_made_for_one_length() -> None:
