@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.collation import Example, Turn
+from common.facts import commit as whole_commit
 
 RESULTS = Path(__file__).parent / "results"
 PAGE_SIZE = (1700, 2200)  # letter paper at 200 dots an inch
@@ -222,11 +223,18 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def commit() -> str | None:
+    """The measured code's, in short; None where this is no git checkout."""
+    whole = whole_commit()
+    return whole and whole[:7] + whole[40:]
+
+
 def header(device: torch.device) -> dict[str, Any]:
     """What every JSON begins with: when, where, and how busy the machine was."""
     return {
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(device),
+        "commit": commit(),
         "load_average_before": round(os.getloadavg()[0], 2),
     }
 

@@ -41,6 +41,8 @@ def machine_line(result: dict[str, Any]) -> str:
     busy = f"; load before the run {load:.2f}" if isinstance(load, float) else ""
     if "taken_by_others" in result:
         busy += f", {result['taken_by_others']:.1%} of the processors' time taken by others"
+    if result.get("commit"):
+        busy += f"; code of commit {result['commit']}"
     return f"{result['date']}; {where}; Python {machine['python']}, {', '.join(versions)}{busy}.\n"
 
 
