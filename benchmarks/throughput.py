@@ -359,12 +359,13 @@ def compare(
 ) -> dict[str, Any]:
     """Turns in the order A B A B; a variant that runs out of memory or is not to be had is left out, and why is told.
 
-    With `--seconds` no round is begun that would not end in time, but for the first; the first turns take
-    `--seconds_of_first_turns` at most.
+    With `--seconds` no round is begun that would not end in time, but for the first; no variant's first turn is begun
+    after `--seconds_of_first_turns`.
 
     Args:
         about: what the result says besides.
-        output: where it is written after every round: a run that is stopped leaves that.
+        output: where it is written whenever there is more of it, so that a run that is stopped leaves what it had:
+            every variant then takes its turn of the first round before the next one begins to compile.
 
     Returns:
         Per variant its figures, or `left_out`; ratios to the first variant's questions per second; and `about`.
@@ -378,6 +379,25 @@ def compare(
     wanted: Gradients = {}
     pages = [make_page(number, options.page_size) for number in range(options.rounds * options.pages_per_turn)]
     rounds = [pages[start :: options.rounds] for start in range(options.rounds)]
+
+    def take_turn(variant: Variant, number: int) -> None:
+        running[variant].append(runner.turn(variant, rounds[number], options.questions_per_page))
+        figures[variant.name] |= describe(running[variant], step_seconds, options.batch_size, ceiling)
+
+    def report() -> dict[str, Any]:
+        result = {
+            **about,
+            "variants": figures,
+            "first": next(iter(running)).name if running else None,
+            "times_as_fast_as_the_first": compare_turns(running, step_seconds, options),
+            "rounds": max(map(len, running.values()), default=0),
+            "optimizer_step_seconds": round(step_seconds, 4),
+            "matrix_tflops": round(ceiling / 1e12, 3),
+        }
+        if output is not None:
+            write_json(output, result)
+        return result
+
     for variant in variants:
         # a first turn by itself compiles what there is to compile; a GPU shows the peak, a CPU compares gradients
         try:
@@ -400,29 +420,20 @@ def compare(
         if not on_gpu and variant in running:
             figures[variant.name] |= compare_gradients(runner, variant, wanted)
         runner.clear_gradients()
-    for number, turn_pages in enumerate(rounds):
+        if output is not None and variant in running:
+            take_turn(variant, 0)
+            report()
+    for number in range(0 if output is None else 1, options.rounds):
         round_began = time.perf_counter()
-        for variant, turns in running.items():
-            turns.append(runner.turn(variant, turn_pages, options.questions_per_page))
+        for variant in running:
+            take_turn(variant, number)
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
         runner.step()
-        for variant, turns in running.items():
-            figures[variant.name] |= describe(turns, step_seconds, options.batch_size, ceiling)
-        result = {
-            **about,
-            "variants": figures,
-            "first": next(iter(running)).name if running else None,
-            "times_as_fast_as_the_first": compare_turns(running, step_seconds, options),
-            "rounds": number + 1,
-            "optimizer_step_seconds": round(step_seconds, 4),
-            "matrix_tflops": round(ceiling / 1e12, 3),
-        }
-        if output is not None:
-            write_json(output, result)
+        report()
         now = time.perf_counter()
         if now - began + now - round_began > options.seconds:
             break
-    return result
+    return report()
 
 
 def compare_turns(

@@ -294,6 +294,28 @@ def test_comparison(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert 0 < shared["gradient_difference"] < throughput.TOLERANCE
 
 
+def test_comparison_that_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured before lies there: every variant's first turn of the first round is taken at once."""
+    order, output = [], tmp_path / "step.json"
+    turn = Runner.turn
+
+    def stopped(self: Runner, variant: Variant, *args: Any, **kwargs: Any) -> throughput.Turn:
+        order.append(variant.name)
+        if len(order) == 4:
+            raise KeyboardInterrupt
+        return turn(self, variant, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "turn", stopped)
+    arguments = f"{TINY} --rounds 2 --pages_per_turn 1 --questions_per_page 1 --num_workers 0 --no-peaks"
+    options = throughput.parse_options([*arguments.split(), "--compare", "reference", "shared"])
+    with pytest.raises(KeyboardInterrupt):
+        throughput.measure(options, output)
+    assert order == ["reference", "reference", "shared", "shared"]
+    stored = json.loads(output.read_text())
+    assert (stored["rounds"], stored["variants"].keys()) == (1, {"reference"})
+    assert stored["variants"]["reference"]["questions_per_second"] > 0
+
+
 @pytest.fixture
 def branches_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that is wrong."""
