@@ -5,7 +5,8 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        where the JSON goes (benchmarks/results)
 #
-# PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them), and for a trial without a GPU:
+# PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them; what is compiled is compared where
+# time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a trial without a GPU:
 # OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, and KERNELS (compiled),
 # those of the fastest variants, which a CPU compiles for minutes.
 set -u
@@ -20,16 +21,20 @@ mkdir -p "$folder"
 left_out=()
 
 # what is missing of what it needs, of what it uses where it is, and the GPU's name: one process, for each takes seconds
-{ read -r missing; read -r not_there; read -r name; } < <("$python" - <<'PY'
+{ read -r missing; read -r not_there; read -r name; read -r room; } < <("$python" - <<'PY'
 import re
 from importlib.util import find_spec
 for packages in (("torch", "torchvision", "transformers", "accelerate", "peft"), ("flash_attn", "liger_kernel", "bitsandbytes")):
     print(*(package for package in packages if find_spec(package) is None))
-name = "none"
+name, room = "none", 8000
 if find_spec("torch"):
     import torch
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        # tokens a pass of a method whose weights do not train: 62 GB at 8,000, 114 GB at 16,000
+        room = 16000 if torch.cuda.get_device_properties(0).total_memory > 130e9 else 8000
 print(re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "").strip()))
+print(room)
 PY
 )
 if [[ $missing ]]; then echo "benchmarks/gpu.sh needs $missing: pip install -r requirements.txt"; exit 1; fi
@@ -50,8 +55,8 @@ run() {
 }
 
 # step METHOD MOST_SECONDS VARIANT...: the first variant is what the others are compared with. What it has it writes
-# after every round; its first turns, in which layers are compiled, may take most of its time. One-question ways ask two
-# questions of each page.
+# whenever it has more; its first turns, in which layers are compiled, may take most of its time. One-question ways ask
+# two questions of each page.
 step() {
   local method=$1 most=$2 left=$((deadline - SECONDS))
   shift 2
@@ -59,7 +64,7 @@ step() {
   # shellcheck disable=SC2086
   run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 6 \
     --questions_per_page 2 --seconds $(((most < left ? most : left) - 15)) \
-    --seconds_of_first_turns $(((most < left ? most : left) - 50)) --output "$folder/gpu_${name}_$method.json" $options --compare "$@"
+    --seconds_of_first_turns $(((most < left ? most : left) - 40)) --output "$folder/gpu_${name}_$method.json" $options --compare "$@"
 }
 
 # what is compiled takes most of that time: it comes last
@@ -73,20 +78,19 @@ run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex --outpu
 # what matters most first: where time is short the last ones are left out
 packed=tokens=8000
 fast=$packed,kernels=${KERNELS:-compiled}
-# what a GPU of 140 GB holds of a method whose weights do not train; one of 80 GB leaves it out
-fastest=tokens=16000,kernels=${KERNELS:-compiled}
+widest=tokens=$room,kernels=${KERNELS:-compiled}
 step full 110 reference single:$fast shared:$fast single:$packed,kernels=liger \
   shared:$packed,kernels=liger single:recompute=full single:recompute=selective,kernels=liger single:kernels=liger single
 if [[ $not_there != *bitsandbytes* ]]; then
   # its memory at one question a pass, everything recomputed, matters as much as its speed
-  step qlora 210 reference single:recompute=full single:$fastest shared:$fastest single:$fast shared:$fast
+  step qlora 160 reference single:recompute=full single:$widest shared:$widest
 else
   left_out+=("qlora")
 fi
-step lora 200 reference single:recompute=full single:$fastest shared:$fastest single:$fast shared:$fast
+step lora 150 reference single:recompute=full single:$widest shared:$widest
 step frozen 70 reference single:$fast shared:$fast single:recompute=full \
   single:kernels=liger
-run "correctness of what is compiled" 240 "$python" -m benchmarks.agree --only compiled flex \
+run "correctness of what is compiled" 400 "$python" -m benchmarks.agree --only compiled flex \
   --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}
 run "preprocessing" 60 "$python" -m benchmarks.preprocess --rounds 20 --output "$folder/gpu_${name}_preprocess.json"
 

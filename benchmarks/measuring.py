@@ -224,8 +224,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The measured code's, in short; None where this is no git checkout."""
-    whole = whole_commit()
+    """The measured code's, in short; None where this is no git checkout and `COMMIT` does not say it."""
+    whole = whole_commit() or os.environ.get("COMMIT")
     return whole and whole[:7] + whole[40:]
 
 

@@ -41,9 +41,9 @@ def machine_line(result: dict[str, Any]) -> str:
     busy = f"; load before the run {load:.2f}" if isinstance(load, float) else ""
     if "taken_by_others" in result:
         busy += f", {result['taken_by_others']:.1%} of the processors' time taken by others"
-    if result.get("commit"):
-        busy += f"; code of commit {result['commit']}"
-    return f"{result['date']}; {where}; Python {machine['python']}, {', '.join(versions)}{busy}.\n"
+    code = f"; code of commit {result['commit']}" if result.get("commit") else ""
+    note = f" {result['note']}" if "note" in result else ""
+    return f"{result['date']}; {where}; Python {machine['python']}, {', '.join(versions)}{busy}{code}.{note}\n"
 
 
 def variants_table(result: dict[str, Any]) -> str:
@@ -158,10 +158,8 @@ def on_a_gpu(folder: Path) -> str:
 
 def not_compared(results: Sequence[dict[str, Any]]) -> str:
     """The paths whose gradients no result holds, nor a reason why not."""
-    known = {
-        label(row.get("method", "full"), row["variant"], row["dtype"]) for result in results for row in result["rows"]
-    }
-    known |= {name.replace("torch.", "") for result in results for name in result["left_out"]}
+    known = {label(row["method"], row["variant"], row["dtype"]) for result in results for row in result["rows"]}
+    known |= {name for result in results for name in result["left_out"]}
     asked = [label(method, name, dtype) for method, dtype, variants in paths() for name in variants]
     missing = [f"`{name}`" for name in asked if name not in known]
     return f"\nGradients not compared on a GPU: {'; '.join(missing)}.\n" if missing else ""
@@ -191,7 +189,7 @@ def agreement(result: dict[str, Any]) -> str:
     """What `benchmarks/agree.py` found."""
     rows = [
         [
-            METHOD_NAMES[row.get("method", "full")],
+            METHOD_NAMES[row["method"]],
             f"`{row['variant']}`",
             row["dtype"],
             f"{row['difference']:.1e}",

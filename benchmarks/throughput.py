@@ -18,9 +18,9 @@ A variant is a way of taking the step, with its settings after a colon:
     tokens=N      ours: as many sequences as N tokens hold packed into one pass; 0 (default): one sequence a pass
     crops=N       ours: at most N crops through the tower at once; 0 (default): all
 
-On a CPU the gradients that the variants have of all questions of one page are compared with the first one's before
-anything is timed, and must be equal in float32; on a GPU `benchmarks/agree.py` does that with a small model. The
-variants take turns, A B A B, on the same pages; ratios are of neighbours. A turn is forward and backward passes
+On a CPU the gradients that a variant has of all questions of one page are compared with the first one's before it is
+timed, and must be equal in float32; on a GPU `benchmarks/agree.py` does that with a small model. The variants take
+turns, A B A B, on the same pages; ratios are of the turns of one round. A turn is forward and backward passes
 over `--pages_per_turn` pages, decoding and processing of the pictures included; the optimizer's step (gradient norm
 included) is measured by itself and counted once for `--batch_size` questions. `--questions_per_page N` has one-question
 ways ask only the first N of each page: their time per question does not depend on it. With `--num_workers` the workers
@@ -359,13 +359,13 @@ def compare(
 ) -> dict[str, Any]:
     """Turns in the order A B A B; a variant that runs out of memory or is not to be had is left out, and why is told.
 
-    With `--seconds` no round is begun that would not end in time, but for the first; no variant's first turn is begun
-    after `--seconds_of_first_turns`.
+    Every variant's first turn, which compiles what there is to compile, is followed by its turn of the first round.
+    With `--seconds` no other round is begun that would not end in time, and no variant's first turn after
+    `--seconds_of_first_turns`.
 
     Args:
         about: what the result says besides.
-        output: where it is written whenever there is more of it, so that a run that is stopped leaves what it had:
-            every variant then takes its turn of the first round before the next one begins to compile.
+        output: where it is written whenever there is more of it: a run that is stopped leaves what it had.
 
     Returns:
         Per variant its figures, or `left_out`; ratios to the first variant's questions per second; and `about`.
@@ -374,7 +374,7 @@ def compare(
     step_seconds = runner.step_seconds()
     ceiling = matrix_flops(runner.device, runner.dtype)
     running: dict[Variant, list[Turn]] = {}
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {variant.name: {"left_out": "not begun"} for variant in variants}
     memory, on_gpu = MemoryPeak(runner.device), runner.device.type == "cuda"
     wanted: Gradients = {}
     pages = [make_page(number, options.page_size) for number in range(options.rounds * options.pages_per_turn)]
@@ -400,6 +400,7 @@ def compare(
 
     for variant in variants:
         # a first turn by itself compiles what there is to compile; a GPU shows the peak, a CPU compares gradients
+        runner.clear_gradients()
         try:
             if variant.attention == "flash_attention_2" and not is_flash_attn_2_available():
                 raise RuntimeError("flash-attn is not installed")
@@ -417,23 +418,21 @@ def compare(
         except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
             figures[variant.name] = {"left_out": " ".join(str(error).split())[:200]}
             print(f"left out: {variant.name}: {figures[variant.name]['left_out']}", flush=True)
-        if not on_gpu and variant in running:
-            figures[variant.name] |= compare_gradients(runner, variant, wanted)
-        runner.clear_gradients()
-        if output is not None and variant in running:
+        if variant in running:
+            if not on_gpu:
+                figures[variant.name] |= compare_gradients(runner, variant, wanted)
             take_turn(variant, 0)
-            report()
-    for number in range(0 if output is None else 1, options.rounds):
-        round_began = time.perf_counter()
+        result = report()
+    for number in range(1, options.rounds):
+        runner.step()
+        length = sum(turns[-1].seconds for turns in running.values())
+        if time.perf_counter() - began + length > options.seconds:
+            break
         for variant in running:
             take_turn(variant, number)
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
-        runner.step()
-        report()
-        now = time.perf_counter()
-        if now - began + now - round_began > options.seconds:
-            break
-    return report()
+        result = report()
+    return result
 
 
 def compare_turns(

@@ -227,7 +227,7 @@ def describe(options: argparse.Namespace) -> str:
     names = {
         "flash_attention_2": "flash-attn",
         "sdpa": "PyTorch's attention",
-        BY_DOCUMENT: "PyTorch's attention, document by document",
+        BY_DOCUMENT: "PyTorch's attention, each document by itself",
     }
     implementation = options.attention if options.eval_only else attention_in_training(options)
     attention = names[implementation]

@@ -19,7 +19,6 @@ from common.layers import (
     compile_layers,
     recompute_layers,
     stacks_of,
-    use_kernels_for_any_length,
     use_liger_kernels,
 )
 from tests.packed_helpers import packed_gradients, questions, shared, training_model, worst_difference
@@ -100,12 +99,6 @@ def test_compiled_layers(batch, which: str) -> None:
     difference, name = worst_difference(model, packed_gradients(model, batch, "sdpa"), wanted)
     assert difference <= 1e-5, name
     assert not breaks
-
-
-def test_no_kernels_that_are_made_for_one_length() -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    use_kernels_for_any_length()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_liger_kernels(batch, monkeypatch) -> None:

@@ -162,6 +162,17 @@ def test_liger_where_asked_for(checkpoint, monkeypatch, use_liger, torch_compile
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+def test_no_kernels_that_are_made_for_one_length(checkpoint):
+    """cuDNN's attention makes a plan for every length."""
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        load_model(checkpoint, loading_options(checkpoint))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_on)
+
+
 def test_lora_targets(checkpoint, frozen):
     model, processor = load_for_training(
         loading_options(checkpoint, use_lora=True, freeze_vision_model=frozen, lora_alpha_ratio=0.5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from common.phi3v.masks import (
     document_bounds,
     document_ids,
     document_lengths,
+    takes_all_lengths_at_once,
     visibility,
 )
 from common.phi3v.stock import enable_activation_checkpointing, find_fused_cross_entropy
@@ -295,6 +297,31 @@ def test_by_document_at_once(monkeypatch: pytest.MonkeyPatch, shares: bool) -> N
     assert calls == ([] if shares else [[0, 6, 10]])
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() < 1e-12
+    calls.clear()
+    attend_by_document(None, query, key, value, None, documents, scaling=0.3, dropout=0.1)
+    attend_by_document(None, query, key[:, :2], value[:, :2], None, documents, scaling=0.3)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "capability", "takes"),
+    [
+        (torch.bfloat16, 96, (8, 0), True),
+        (torch.float16, 64, (9, 0), True),
+        (torch.float32, 96, (9, 0), False),
+        (torch.bfloat16, 12, (9, 0), False),
+        (torch.float16, 96, (7, 5), False),
+    ],
+)
+def test_which_rows_are_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head: int, capability: tuple[int, int], takes: bool
+) -> None:
+    """Those that flash-attn's kernels serve."""
+    query = SimpleNamespace(is_cuda=True, dtype=dtype, shape=torch.Size([1, 4, 10, head]), device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert takes_all_lengths_at_once(query) == takes
+    query.is_cuda = False
+    assert not takes_all_lengths_at_once(query)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def compiled_create_block_mask() -> Callable[..., BlockMask]:
 
 
 def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The same for flash-attn's kernel for sequences of different lengths, where no prefix is shared.
+    """The same for kernels for sequences of different lengths (flash-attn's, PyTorch's), where no prefix is shared.
 
     Returns:
         Where each document begins and the last one ends in all rows together, (documents + 1,) int32,
@@ -136,13 +136,9 @@ class Documents:
 
 def takes_all_lengths_at_once(query: torch.Tensor) -> bool:
     """Whether PyTorch's kernel for sequences of different lengths serves (…, head): flash-attn's, of half precision."""
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return (
-        query.is_cuda
-        and is_half
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
-    )
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8:
+        return False
+    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 @torch.compiler.disable
@@ -175,6 +171,7 @@ def attend_by_document(
     if documents is None:
         raise ValueError(f'"{BY_DOCUMENT}" is for packed rows (branch_ids): use "sdpa"')
     has_groups = query.shape[1] != key.shape[1]
+    # the kernel for all lengths knows no dropout, and in torch 2.11 no fewer key heads
     if not (documents.shares or has_groups or dropout) and takes_all_lengths_at_once(query):
         # (1, heads, seq, head) -> (seq, heads, head)
         states = (one[0].transpose(0, 1) for one in (query, key, value))
@@ -230,6 +227,6 @@ def packed_attention(
 def attention_for_packing(implementation: str, shares: bool) -> str:
     """The attention to train packed rows with, given the one asked for.
 
-    flash-attn serves where no prefix is shared, PyTorch's kernels document by document everywhere.
+    flash-attn serves where no prefix is shared, PyTorch's kernels everywhere (`attend_by_document`).
     """
     return implementation if implementation.startswith("flash_attention") and not shares else BY_DOCUMENT
