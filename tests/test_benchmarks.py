@@ -409,6 +409,7 @@ def test_sharing_is_compared_by_the_same_training(monkeypatch: pytest.MonkeyPatc
         (output / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measuring, "commit", lambda: None)  # asks git
     sizes = ["--seeds", "2", "--train_pages", "8", "--eval_limit", "4"]
     sharing_score.main([*sizes, "--output", str(tmp_path / "figures.json")])
     assert [command[command.index("--seed") + 1] for command in commands] == ["0", "0", "1", "1"]

@@ -161,18 +161,18 @@ def test_liger_where_asked_for(checkpoint, monkeypatch, use_liger, torch_compile
     assert model.fuses_loss == use_liger
 
 
-@pytest.mark.parametrize("frozen", [False, True])
 def test_no_kernels_that_are_made_for_one_length(checkpoint):
     """cuDNN's attention makes a plan for every length."""
-    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    options, was_on = loading_options(checkpoint), torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        load_model(checkpoint, loading_options(checkpoint))
+        load_model(options.model_name_or_path, options)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was_on)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 def test_lora_targets(checkpoint, frozen):
     model, processor = load_for_training(
         loading_options(checkpoint, use_lora=True, freeze_vision_model=frozen, lora_alpha_ratio=0.5)
