@@ -32,9 +32,9 @@ install-dev: $(VENV)/.installed-dev
 TASK ?= docvqa
 DEMO ?= demo_runs
 DATA := $(DEMO)/$(TASK)/$(if $(filter ucf101,$(TASK)),converted,data)
-DATA_docvqa := --train_pages 3000
+DATA_docvqa := --train_pages 2400
 DATA_hateful_memes := --train_pages 2000
-DATA_nlvr2 := --train_pages 4000
+DATA_nlvr2 := --train_pages 3200
 DATA_ucf101 := --train_pages 1200
 DEMO_docvqa := --num_train_epochs 1 --learning_rate 1e-3
 DEMO_hateful_memes := --num_train_epochs 2 --learning_rate 2e-3 --freeze_vision_model

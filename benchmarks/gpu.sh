@@ -79,8 +79,7 @@ run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex --outpu
 packed=tokens=8000
 fast=$packed,kernels=${KERNELS:-compiled}
 widest=tokens=$room,kernels=${KERNELS:-compiled}
-step full 110 reference single:$fast shared:$fast single:$packed,kernels=liger \
-  shared:$packed,kernels=liger single:recompute=full single:recompute=selective,kernels=liger single:kernels=liger single
+step full 110 reference single:$fast shared:$fast single:$packed,kernels=liger single:recompute=full
 if [[ $not_there != *bitsandbytes* ]]; then
   # its memory at one question a pass, everything recomputed, matters as much as its speed
   step qlora 160 reference single:recompute=full single:$widest shared:$widest
@@ -88,8 +87,7 @@ else
   left_out+=("qlora")
 fi
 step lora 150 reference single:recompute=full single:$widest shared:$widest
-step frozen 70 reference single:$fast shared:$fast single:recompute=full \
-  single:kernels=liger
+step frozen 70 reference single:$fast shared:$fast single:recompute=full
 run "correctness of what is compiled" 400 "$python" -m benchmarks.agree --only compiled flex \
   --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}
 run "preprocessing" 60 "$python" -m benchmarks.preprocess --rounds 20 --output "$folder/gpu_${name}_preprocess.json"
