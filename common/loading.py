@@ -19,12 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .cli import choose_precision
 from .data import one_line
 from .errors import UserError
-from .layers import (
-    compile_layers,
-    recompute_layers,
-    use_kernels_for_any_length,
-    use_liger_kernels,
-)
+from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import extract_commit_hash, find_file
 

@@ -347,6 +347,31 @@ def test_a_measurement_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result["rounds"], len(result["variants"]["single"]["turn_seconds"])) == (1, 1)
 
 
+def test_time_for_first_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end keeps other variants out, and no round."""
+    monkeypatch.setattr(throughput, "matrix_flops", lambda *ignored: 1e12)
+    arguments = f"{TINY} --rounds 2 --pages_per_turn 1 --questions_per_page 1 --no-peaks --seconds_of_first_turns 0"
+    options = throughput.parse_options([*arguments.split(), "--compare", "single", "shared"])
+    result = throughput.measure(options)
+    assert result["variants"]["shared"] == {"left_out": "no time left"}
+    assert (result["rounds"], len(result["variants"]["single"]["turn_seconds"])) == (2, 2)
+
+
+def test_results_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """git's commit in short, or what `COMMIT` says where there is no git."""
+    whole = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("COMMIT", "89abcde")
+    for found, told in ((whole, "0123456"), (f"{whole} with changes", "0123456 with changes"), (None, "89abcde")):
+        monkeypatch.setattr(measuring, "whole_commit", lambda found=found: found)
+        header = measuring.header(CPU)
+        assert header["commit"] == told
+        assert f"; code of commit {told}." in render.machine_line(header)
+    monkeypatch.delenv("COMMIT")
+    header = measuring.header(CPU)
+    assert header["commit"] is None
+    assert "commit" not in render.machine_line(header)
+
+
 def test_kernels_are_taken_in_turn() -> None:
     """Compiled layers, Liger's where it is installed, and then again those that are neither."""
     runner = tiny_runner(dtype=torch.float32)

@@ -14,13 +14,7 @@ import torch
 from transformers.models.phi3 import modeling_phi3
 
 from common.collation import pack
-from common.layers import (
-    causal_lm_of,
-    compile_layers,
-    recompute_layers,
-    stacks_of,
-    use_liger_kernels,
-)
+from common.layers import causal_lm_of, compile_layers, recompute_layers, stacks_of, use_liger_kernels
 from tests.packed_helpers import packed_gradients, questions, shared, training_model, worst_difference
 
 GROUPS = [questions(1, [(1, 1)], [(9, 3), (20, 1)]), questions(2, [], [(25, 6)])]

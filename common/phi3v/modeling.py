@@ -346,7 +346,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         elif pixel_values is not None:
             raise ValueError("pixel_values go with input_ids: inputs_embeds has no <|image|> tokens to replace")
-        if branch_ids is None and position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # Left-padded rows count their positions from their first real token, as when unpadded.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
