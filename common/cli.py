@@ -92,8 +92,8 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         metavar="NAME",
         help="hub id or folder, also of an adapter (%(default)s)",
     )
-    model.add_argument("--revision", metavar="COMMIT", help="of a hub id: commit, branch or tag (its main branch)")
-    model.add_argument("--use_lora", action="store_true", help="train low-rank adapters instead of the weights")
+    model.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag of a hub id (main)")
+    model.add_argument("--use_lora", action="store_true", help="train low-rank adapters, not the weights")
     model.add_argument("--use_qlora", action="store_true", help="adapters over weights quantised to NF4")
     model.add_argument("--lora_rank", type=int, default=64, metavar="N", help="(%(default)s)")
     model.add_argument(
@@ -105,7 +105,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         action="store_true",
         help="leave tower, projection, separators and token embeddings as they are",
     )
-    model.add_argument("--bf16", action="store_true", help="bfloat16 (else float16 on CUDA, float32 on CPU)")
+    model.add_argument("--bf16", action="store_true", help="bfloat16 (else float16; on a CPU float32)")
     model.add_argument(
         "--use_flash_attention", action="store_true", help="flash-attn where installed, else PyTorch's flash kernel"
     )
@@ -122,7 +122,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         "--bad_examples",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do about one that cannot be used (%(default)s)",
+        help="what to do about unusable ones (%(default)s)",
     )
     data.add_argument(
         "--max_bad_fraction", type=float, default=0.01, metavar="X", help="with more of them the run ends (%(default)s)"
@@ -136,7 +136,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         "--batch_size_per_gpu", type=int, default=1, metavar="N", help="examples at once on a GPU (%(default)s)"
     )
     training.add_argument("--num_train_epochs", type=int, default=1, metavar="N", help="(%(default)s)")
-    training.add_argument("--max_steps", type=int, metavar="N", help="stop after so many steps, whatever the epochs")
+    training.add_argument("--max_steps", type=int, metavar="N", help="stop after so many, whatever the epochs")
     training.add_argument("--learning_rate", type=float, default=4e-5, metavar="X", help="the peak (%(default)s)")
     training.add_argument(
         "--warmup_steps", type=int, default=50, metavar="N", help="steps to reach the peak (%(default)s)"
@@ -155,8 +155,8 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     checkpoints.add_argument(
         "--resume", default="auto", metavar="HOW", help="auto: from the newest whole checkpoint; never; its folder"
     )
-    checkpoints.add_argument("--overwrite", action="store_true", help="begin anew in an --output_dir that holds a run")
-    checkpoints.add_argument("--dry_run", action="store_true", help="check everything, take one step, write nothing")
+    checkpoints.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    checkpoints.add_argument("--dry_run", action="store_true", help="check all, take one step, write nothing")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
     evaluation.add_argument("--eval_steps", type=int, metavar="N", help="also evaluate every so many steps")
@@ -168,9 +168,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         metavar="N",
         help="packed without padding, at most so many tokens at once on a GPU; instead of --batch_size_per_gpu",
     )
-    speed.add_argument(
-        "--max_crops_per_call", type=int, metavar="N", help="sub-images that the tower takes at once (all of them)"
-    )
+    speed.add_argument("--max_crops_per_call", type=int, metavar="N", help="sub-images in the tower at once (all)")
     speed.add_argument(
         "--gradient_checkpointing",
         choices=CHECKPOINTING,
@@ -228,7 +226,7 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         default=True,
         help="keep the evaluated pictures in the output folder, for report.html to show (yes)",
     )
-    rare.add_argument("--push_to_hub", metavar="NAME/MODEL", help="upload the trained model and its card, privately")
+    rare.add_argument("--push_to_hub", metavar="NAME/MODEL", help="upload model and card, privately")
     rare.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
     return parser
 

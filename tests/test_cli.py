@@ -411,9 +411,11 @@ def test_every_option_is_read_where_it_acts(monkeypatch, script):
     assert names - read == set()
 
 
+@pytest.mark.parametrize("columns", ["80", "100"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_help_is_two_screens(monkeypatch, capsys, script):
-    monkeypatch.setenv("COLUMNS", "100")
+def test_help_is_two_screens(monkeypatch, capsys, script, columns):
+    """Of 50 lines, also as wide as a terminal is where nobody has widened it."""
+    monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit):
         parser_of(monkeypatch, script).parse_args(["--help"])
     lines = capsys.readouterr().out.splitlines()
