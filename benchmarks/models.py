@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from common.cli import choose_precision, make_parser
 from common.demo import CHECKPOINT
-from common.layers import use_kernels_for_any_length
+from common.layers import (
+    compile_layers,
+    leave_layers_uncompiled,
+    use_kernels_for_any_length,
+    use_liger_kernels,
+)
 from common.loading import prepare_for_training
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.modeling import IGNORED_LABEL
@@ -143,12 +148,10 @@ def set_kernels(model: Phi3VForCausalLM, which: str) -> None:
     """
     for module in model.modules():
         module.__dict__.pop("forward", None)  # Liger's stand on the modules themselves
-        module._compiled_call_impl = None
+    leave_layers_uncompiled(model)
     modeling_phi3.apply_rotary_pos_emb = STOCK_ROTATION
     model.fuses_loss = False
     if which != "none":
-        from common.layers import compile_layers, use_liger_kernels
-
         (use_liger_kernels if which == "liger" else compile_layers)(model)
         model.fuses_loss = which == "liger"
 

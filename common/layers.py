@@ -96,9 +96,9 @@ def use_liger_kernels(model: Phi3VForCausalLM) -> None:
 def compile_layers(model: nn.Module) -> None:
     """Compile every layer that runs; those of one stack that do the same share what is compiled.
 
-    The decoder's for any length at once, since two steps are hardly ever equally long; the tower's, whose pictures'
-    parts all have one size, for the numbers of them that there are. The two stacks, the decoder's last layer, and
-    recomputed and kept layers are compiled apart: more than the eight of one function after which torch gives up.
+    The decoder's for any length at once, since two steps are hardly ever equally long; the tower's for any number of
+    a picture's parts, which all have one size. The two stacks, the decoder's last layer, and recomputed and kept
+    layers are compiled apart: more than the eight of one function after which torch gives up.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     decoder, tower = stacks_of(model)
@@ -106,3 +106,34 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=True)
     for layer in tower:
         layer.compile()
+    for module in _before_first_layers(model):
+        module.register_forward_hook(_as_between_layers)
+
+
+def leave_layers_uncompiled(model: nn.Module) -> None:
+    """Undo `compile_layers`; nothing where nothing was compiled."""
+    for stack in stacks_of(model):
+        for layer in stack:
+            layer._compiled_call_impl = None
+    for module in _before_first_layers(model):
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _as_between_layers:
+                del module._forward_hooks[key]
+
+
+def _before_first_layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """What makes the states that a stack's first layer takes: the decoder's, then the tower's."""
+    decoder = causal_lm_of(model).model
+    return decoder.embed_tokens, decoder.vision_embed_tokens.img_processor.vision_model.pre_layrnorm
+
+
+def _as_between_layers(module: nn.Module, inputs: object, states: torch.Tensor) -> None:
+    """Let a stack's first layer be compiled as its others are, instead of once more.
+
+    Theirs need a gradient where anything trains, and the first one's would not where all before it is frozen. The
+    first number of crops (in the tower alone a norm stands before the layers) would be compiled for by itself.
+    """
+    if isinstance(module, nn.LayerNorm):
+        torch._dynamo.maybe_mark_dynamic(states, 0)
+    if torch.is_grad_enabled():
+        states.requires_grad_()

@@ -6,6 +6,7 @@ of a parameter's gradient; found are 2e-6. A norm or a rotation that is left out
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import peft
@@ -75,6 +76,43 @@ def test_layers_that_are_compiled(monkeypatch) -> None:
     decoder, tower = stacks_of(model)
     assert compiled == [*((layer, True) for layer in decoder), *((layer, None) for layer in tower)]
     assert len(tower) == 2  # of three, the last of which is not run
+
+
+@pytest.mark.parametrize("method", ["lora", "frozen"])
+def test_layers_are_compiled_once(monkeypatch, method: str) -> None:
+    """A stack's first layer as the others, and for any length and number of crops: to compile takes a GPU minutes.
+
+    What is frozen before a stack must not matter, nor a text without a picture.
+    """
+    tower_graphs, decoder_graphs = [], []
+
+    def trace_only(graph: torch.fx.GraphModule, inputs: list) -> torch.nn.Module:
+        # 577 positions in the tower
+        is_tower = any(isinstance(each, torch.Tensor) and each.shape[1:2] == (577,) for each in inputs)
+        (tower_graphs if is_tower else decoder_graphs).append(graph)
+        return graph.forward
+
+    stock_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(stock_compile, backend=trace_only))
+    model = training_model("sdpa", torch.float32)
+    if method == "lora":
+        tower_targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+        targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", *tower_targets]
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    else:
+        model = frozen_vision(model)
+        model.model.embed_tokens.requires_grad_(False)
+    compile_layers(model)
+    counts = []
+    for grids in ([(1, 1)], [(1, 2), (2, 1)], [(1, 3)], []):
+        pages = [questions(1, grids, [(9, 3), (20, 1)])] if grids else []
+        batch = pack(shared([*pages, questions(2, [], [(25, 6)])]))
+        packed_gradients(model, batch)
+        counts.append((len(tower_graphs), len(decoder_graphs)))
+    assert set(counts) == {(1, counts[0][1])}
+    # what a layer does before, in and after its attention, and the last layer's own
+    assert counts[0][1] == 6
 
 
 @pytest.mark.long  # compiling takes half a minute
