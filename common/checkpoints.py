@@ -45,6 +45,8 @@ FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images", "restarted
 FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 # What is kept and which kernels compute changes rounding alone: the cure for too little memory, or another machine's.
 FREE_OPTIONS |= {"gradient_checkpointing", "max_crops_per_call", "attention", "use_liger", "torch_compile"}
+FREE_OPTIONS |= {"use_flash_attention"}  # what else it may imply, the precision, is compared by itself
+IN_WORDS = {"packs": "packed rows (--max_tokens_per_gpu, --share_images)"}  # of what is no option
 
 Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
 
@@ -232,7 +234,9 @@ def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = Tr
         on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
         return
     pairs = {name: (stored.get(name, "absent"), record.get(name, "absent")) for name in {**stored, **record}}
-    different = [f"{name} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine]
+    different = [
+        f"{IN_WORDS.get(name, name)} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine
+    ]
     if different:
         raise UserError(
             f"{folder} holds a run with other options: {'; '.join(different)}. Give its own to go on with it, or "

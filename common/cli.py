@@ -288,6 +288,7 @@ def parse_options(
     if options.dry_run:  # a batch to evaluate, a step to train
         at_once = options.num_processes * options.eval_batch_size_per_gpu
         options.eval_limit, options.max_steps, options.eval_steps = min(options.eval_limit or at_once, at_once), 1, None
+        options.report_to = "none"  # which may write elsewhere
     if options.optim is None:
         options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     note_options(options)
@@ -452,7 +453,10 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
     if options.report_to != "none":
         available = get_available_reporting_integrations()
         missing = [name for name in options.report_to.split(",") if name not in available]
-        problems += [f"--report_to {name}: not installed here, where there is {sorted(available)}" for name in missing]
+        problems += [
+            f"--report_to {name}: not installed here, where there is {sorted(available)}; pip install {name}"
+            for name in missing
+        ]
     return problems + _output_problems(options)
 
 

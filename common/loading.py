@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
 from .data import one_line
 from .errors import UserError
+from .files import read_json
 from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import extract_commit_hash, find_file
@@ -49,8 +50,9 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         _check_files(options.model_name_or_path)
         _read_processor(options.model_name_or_path, options.revision)
         return
-    stored = json.loads(adapter.read_text())
+    stored = read_adapter(adapter)
     base = stored["base_model_name_or_path"]
+    _names_in_adapter(options.model_name_or_path, options.revision)
     find_adapter(base, stored.get("revision"))  # it must be there, too
     _check_files(base)
     _read_processor(base, stored.get("revision"))
@@ -60,6 +62,9 @@ def check_checkpoint(options: argparse.Namespace) -> None:
     options.precision = choose_precision(options)
     if options.eval_only:
         return
+    missing = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if stored.get(name) is None]
+    if missing:
+        raise UserError(f"{adapter} has no {', no '.join(missing)}: such an adapter cannot be trained further")
     if options.output_dir.resolve() == Path(stored["base_model_name_or_path"]).resolve():
         raise UserError(f"--output_dir {options.output_dir} is the base of the adapter to train: choose another")
     given = {
@@ -74,6 +79,37 @@ def check_checkpoint(options: argparse.Namespace) -> None:
             f"--model_name_or_path {options.model_name_or_path} is an adapter: to train it further give its own values "
             f"({'; '.join(wrong)}), or add --eval_only"
         )
+
+
+def read_adapter(file: Path) -> dict[str, Any]:
+    """What an adapter's `adapter_config.json` says.
+
+    Raises:
+        UserError: it is cut off, names no base, or is of another kind than LoRA.
+    """
+    stored = read_json(file)
+    if stored is None or not isinstance(stored.get("base_model_name_or_path"), str):
+        raise UserError(f"{file} is cut off, or names no base (base_model_name_or_path): fetch the adapter anew")
+    if stored.get("peft_type") != "LORA":
+        raise UserError(f"{file} is of a {stored.get('peft_type')} adapter: only LoRA's are known here")
+    return stored
+
+
+def _names_in_adapter(name_or_path: str, revision: str | None) -> set[str]:
+    """The names of an adapter's weights, of which nothing but the file's head is read.
+
+    Raises:
+        UserError: there is no such file, or it is cut off.
+    """
+    hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    file = find_file(name_or_path, "adapter_model.safetensors", **hub)
+    if file is None:  # PEFT would take a pickled one
+        raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
+    try:
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}): fetch the adapter anew") from error
 
 
 def _adapts_vision(targets: str | list[str]) -> bool:
@@ -172,7 +208,7 @@ def checkpoint_of(name_or_path: str | Path, revision: str | None = None) -> tupl
     adapter = find_adapter(str(name_or_path), revision)
     if adapter is None:
         return str(name_or_path), revision
-    stored = json.loads(adapter.read_text())
+    stored = read_adapter(adapter)
     return stored["base_model_name_or_path"], stored.get("revision")
 
 
@@ -223,13 +259,34 @@ def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VFo
         _keep_gradients_after_evaluation(model)
     else:
         model.to(options.device)
-    if base != str(name_or_path):
-        hub = {"revision": options.revision, "_raise_exceptions_for_missing_entries": False}
-        if find_file(str(name_or_path), "adapter_model.safetensors", **hub) is None:  # PEFT would take a pickled one
-            raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
-        of_adapter = {"revision": options.revision, "is_trainable": not options.eval_only}
-        model = PeftModel.from_pretrained(model, str(name_or_path), **of_adapter)
-    return model
+    return model if base == str(name_or_path) else _put_adapter_on(model, str(name_or_path), options)
+
+
+def _put_adapter_on(model: Phi3VForCausalLM, name_or_path: str, options: argparse.Namespace) -> PeftModel:
+    """An adapter on its base; PEFT by itself only warns of weights that the adapter's file lacks.
+
+    Raises:
+        UserError: weights that are missing, not expected or of another shape, with their names.
+    """
+    stored = _names_in_adapter(name_or_path, options.revision)
+    of_adapter = {"revision": options.revision, "is_trainable": not options.eval_only}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            adapted = PeftModel.from_pretrained(model, name_or_path, **of_adapter)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: its adapter cannot be loaded: {one_line(error)}"
+        ) from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    not_expected = [name for name in stored - wanted if "lora_" in name]  # PEFT may store the layers adapted, too
+    if stored >= wanted and not not_expected:
+        return adapted
+    found = (("missing from it", wanted - stored), ("not expected", not_expected))
+    told = [f"{len(names)} weights {what} ({', '.join(sorted(names)[:3])})" for what, names in found if names]
+    raise UserError(f"--model_name_or_path {name_or_path} does not hold the adapter it describes: {'; '.join(told)}")
 
 
 def _keep_gradients_after_evaluation(model: torch.nn.Module) -> None:

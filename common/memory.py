@@ -120,6 +120,12 @@ def count_weights(config: str, method: str, lora_rank: int, stored: int, freezes
     return Weights(tuple(trained), frozen, frozen_bytes, quantized)
 
 
+def weights_of_run(options: argparse.Namespace, config: Phi3VConfig) -> Weights:
+    """Those of a script's run."""
+    shape = (options.method, options.lora_rank, options.precision.weights.itemsize, options.freeze_vision_model)
+    return count_weights(json.dumps(config.to_dict()), *shape)
+
+
 def nf4_bytes(elements: int) -> int:
     """Four bits an element and a float32 scale for every 64: the scripts do not quantise the scales once more."""
     return -(-elements // 2) + 4 * -(-elements // NF4_BLOCK)
@@ -403,9 +409,7 @@ def sizes_on_disk(options: argparse.Namespace, config: Phi3VConfig) -> tuple[int
     A checkpoint of adapters holds them and their optimizer's state; one of DeepSpeed's the weights twice (its own copy
     and the safetensors), and of all processes together the float32 masters and the optimizer's state.
     """
-    stored = options.precision.weights.itemsize
-    shape = (options.method, options.lora_rank, stored, options.freeze_vision_model)
-    weights = count_weights(json.dumps(config.to_dict()), *shape)
+    stored, weights = options.precision.weights.itemsize, weights_of_run(options, config)
     trained = sum(weights.trained)
     if options.use_lora:
         return 4 * trained, 4 * trained + sum(optimizer_bytes(options.optim, weights.trained))

@@ -28,6 +28,7 @@ from .data import (
 )
 from .errors import UserError
 from .phi3v import Phi3VProcessor
+from .progress import progress_bar
 
 Group = list[int]  # questions about one picture
 Pack = list[Group]  # what goes through the model at once
@@ -107,6 +108,7 @@ def measure_questions(
     rank: int,
     world: int,
     num_workers: int,
+    shows_progress: bool = False,
 ) -> Questions:
     """What the sampler must know of a data set, its pictures' headers read and nothing decoded.
 
@@ -121,6 +123,7 @@ def measure_questions(
         epochs: of the run.
         rank, world: this process and how many there are.
         num_workers: loader processes.
+        shows_progress: the first process's, over its share.
 
     Raises:
         UserError: an example that cannot be made, unless such are skipped.
@@ -135,7 +138,12 @@ def measure_questions(
         multiprocessing_context=loader_context(num_workers),
         collate_fn=list,
     )
-    measured = gather_in_order([one for batch in loader for one in batch], world)
+    of_share = []
+    with progress_bar("count tokens", len(own), "example", shows_progress) as bar:
+        for batch in loader:
+            of_share += batch
+            bar.update(len(batch))
+    measured = gather_in_order(of_share, world)
     problems = [one for one in measured if isinstance(one, Problem)]
     numbers = [number for number, one in enumerate(measured) if not isinstance(one, Problem)]
     lengths = [measured[number] for number in numbers]

@@ -26,7 +26,7 @@ from .errors import UserError, is_first_process, raise_all, rank_and_world, say
 from .facts import RUN_FACTS
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training
-from .memory import FRAGMENTATION, estimated_peak, sizes_on_disk
+from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
 from .together import together
@@ -82,6 +82,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     if options.device.type == "cuda":
         own += memory_problems(options, config, longest, facts)
     if dataset is not None and is_first_process():
+        facts.append(what_trains(weights_of_run(options, config)))
         shared += disk_problems(options, config, len(dataset), facts) + trial_problems(options, config, processor)
         facts.append("a trial save and reload")
     found_by_all = together(lambda: (shared, own))
@@ -162,6 +163,15 @@ def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: 
 
 
 # --- memory and disk
+
+
+def what_trains(weights: Weights) -> str:
+    """How many parameters of how many, in words."""
+    trained = sum(weights.trained)
+    shares = [
+        f"{count / 1e6:,.1f} M" if count >= 1e7 else f"{count / 1e6:.3g} M" for count in (trained, weights.frozen)
+    ]
+    return f"{shares[0]} parameters train beside {shares[1]} that do not"
 
 
 def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: Look, facts: list[str]) -> list[str]:

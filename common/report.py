@@ -299,16 +299,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    of_step: dict[tuple[int, bool], dict[str, Any]] = {}
+    of_step: dict[tuple[int, int], dict[str, Any]] = {}
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            of_step[int(entry["step"]), "loss" in entry] = entry
+            # a step's own line, an evaluation's after it, the run's end
+            kind = 0 if "loss" in entry else 1 if any(name.startswith("eval_") for name in entry) else 2
+            of_step[int(entry["step"]), kind] = entry
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is damaged ({error!r}): take the line out") from error
-    return [of_step[key] for key in sorted(of_step, key=lambda key: (key[0], not key[1]))]
+    return [of_step[key] for key in sorted(of_step)]
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -488,20 +488,14 @@ def run_vision_without_pictures(model: torch.nn.Module) -> None:
 
 
 class _WhileTraining(TrainerCallback):
-    """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often.
+    """What happens beside the steps: the check that DeepSpeed really runs, evaluation every so often."""
 
-    Args:
-        trained: how many parameters are, in words.
-    """
-
-    def __init__(
-        self, options: argparse.Namespace, evaluate: Callable[[argparse.Namespace, str], Any], trained: str
-    ) -> None:
-        self.options, self.evaluate, self.trained = options, evaluate, trained
+    def __init__(self, options: argparse.Namespace, evaluate: Callable[[argparse.Namespace, str], Any]) -> None:
+        self.options, self.evaluate = options, evaluate
         self.trainer: RecipeTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        say(f"{self.trained}; {len(self.trainer.train_dataset)} examples in an epoch, {state.max_steps} steps")
+        say(f"{len(self.trainer.train_dataset)} examples in an epoch, {state.max_steps} steps")
         self.trainer.start_counting()
         wrapper = type(self.trainer.model_wrapped).__name__
         expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
@@ -519,7 +513,9 @@ class _WhileTraining(TrainerCallback):
             self.trainer.watchdog.begin("evaluation", f"the evaluation after step {state.global_step}", "evaluating")
             try:
                 with using_attention(self.trainer.model, self.options.attention):
-                    self.evaluate(self.options, f"eval_step_{state.global_step}")
+                    totals = self.evaluate(self.options, f"eval_step_{state.global_step}")
+                scores = {name: value for name, value in totals.items() if isinstance(value, int | float)}
+                self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
             except NotWrittenError as error:  # as on a full disk: the run goes on
                 say(f"the evaluation after step {state.global_step} is lost: {error}")
             self.trainer.leave_out(time.perf_counter() - began)
@@ -557,9 +553,7 @@ def train(
             bad_examples.try_again(lambda index, epoch: "problem" in dataset[ExampleKey(index, epoch, 1.0)])
         bad_examples.check()
     batches = make_batches(dataset, processor, arguments, options, config, bad_examples)
-    callback = _WhileTraining(
-        options, functools.partial(evaluate, model, processor, *eval_data), count_parameters(model)
-    )
+    callback = _WhileTraining(options, functools.partial(evaluate, model, processor, *eval_data))
     trainer = RecipeTrainer(
         model=model,
         args=arguments,
@@ -582,20 +576,6 @@ def train(
     if options.dry_run:
         _end_dry_run(options)
     return trainer
-
-
-def count_parameters(model: torch.nn.Module) -> str:
-    """How many parameters a model that was prepared for training trains, in words."""
-    if isinstance(model, PeftModel):  # which knows how many a weight in NF4 stands for
-        trained, of_all = model.get_nb_trainable_parameters()
-    else:
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        trained, of_all = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-    return f"trains {_in_millions(trained)} of {_in_millions(of_all)} parameters"
-
-
-def _in_millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M" if count >= 1e7 else f"{count / 1e6:.3g} M"
 
 
 def _end_dry_run(options: argparse.Namespace) -> None:
@@ -635,7 +615,9 @@ def make_batches(
     epochs, wanted = 0, _epochs(len(dataset), options)
     while wanted > epochs:  # once, and again where without bad examples the epochs are shorter and so more
         epochs = wanted
-        questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers)
+        questions = measure_questions(
+            dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm
+        )
         if bad_examples is not None:
             bad_examples.add(questions.problems, step=0)
             bad_examples.check()
@@ -814,7 +796,8 @@ def finish(
     """
     for metric, name in metrics.items():
         if None not in (before[metric], after[metric]):
-            say(f"gain:            {name} {after[metric] - before[metric]:+.4f}")
+            was, became = before[metric], after[metric]
+            say(f"gain:            {name} {became - was:+.4f}, from {was:.4f} to {became:.4f}")
     write_model_card(options, train_data, eval_data, before, after, task, metrics)
     write_report(options)
     push_to_hub(options)

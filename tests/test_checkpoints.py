@@ -218,6 +218,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, step):
 
 def options(**given):
     values = {"model_name_or_path": "somewhere/model", "method": "full", "seed": 0, "batch_size": 16, "use_lora": False}
+    values |= {"use_flash_attention": False, "packs": False}
     values |= {"precision": checkpoints.Precision("bf16", torch.bfloat16, None), "num_workers": 4, "save_steps": 100}
     values |= {"output_dir": Path("out"), "device": torch.device("cpu"), "num_processes": 2, "max_steps": None}
     return argparse.Namespace(**{**values, **given})
@@ -226,13 +227,20 @@ def options(**given):
 def test_every_difference_is_listed_with_both_values(tmp_path):
     check_same_run(tmp_path, record_of(options(), examples=100))
     check_same_run(tmp_path, record_of(options(num_workers=0, save_steps=7), examples=100))
-    less_memory = options(gradient_checkpointing="full", max_crops_per_call=4, attention="sdpa", use_liger=False)
+    less_memory = options(gradient_checkpointing="full", max_crops_per_call=4, use_liger=False)
     check_same_run(tmp_path, record_of(less_memory, examples=100))
+    flash = options(use_flash_attention=True, attention="flash_attention_2")
+    check_same_run(tmp_path, record_of(flash, examples=100))
     with pytest.raises(UserError) as raised:
-        check_same_run(tmp_path, record_of(options(seed=1, batch_size=8), examples=99))
-    for difference in ("examples 100 there, 99 here", "seed 0 there, 1 here", "batch_size 16 there, 8 here"):
+        check_same_run(tmp_path, record_of(options(seed=1, batch_size=8, packs=True), examples=99))
+    for difference in (
+        "examples 100 there, 99 here",
+        "seed 0 there, 1 here",
+        "batch_size 16 there, 8 here",
+        "packed rows (--max_tokens_per_gpu, --share_images) False there, True here",
+    ):
         assert difference in str(raised.value)
-    assert str(raised.value).count(" there, ") == 3
+    assert str(raised.value).count(" there, ") == 4
 
 
 def test_may_be_divided_otherwise(tmp_path):

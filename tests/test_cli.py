@@ -81,8 +81,10 @@ def test_published_defaults(monkeypatch, tmp_path):
     assert str(options["output_dir"]) == "output"
 
 
-def test_published_command(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("installed", "attention"), [(False, "sdpa"), (True, "flash_attention_2")])
+def test_published_command(monkeypatch, tmp_path, installed, attention):
     on_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(cli, "is_flash_attn_2_available", lambda: installed)
     given = "--full_train --bf16 --use_flash_attention --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2"
     options = parse(monkeypatch, tmp_path, *given.split(), processes=4)
     assert (options.accumulation, options.num_processes, options.method) == (16, 4, "full")
@@ -91,7 +93,7 @@ def test_published_command(monkeypatch, tmp_path):
         torch.bfloat16,
         None,
     )
-    assert options.attention in ("sdpa", "flash_attention_2")
+    assert options.attention == attention
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from common.collation import ANSWER_END, Example, Turn, collate, encode_example
 from common.errors import UserError
 from common.phi3v import Phi3VImageProcessor, Phi3VProcessor
-from common.phi3v.stock import AutoTokenizer
 from tests.model_helpers import golden, golden_inputs, picture, published_folder, write_stand_in_checkpoint
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from common.cli import Precision
 from common.collation import ANSWER_END, collate, encode_example
@@ -21,7 +22,6 @@ from common.errors import UserError
 from common.evaluation import generate_answers
 from common.phi3v import Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from common.phi3v.processing import IMAGE_TAG
-from common.phi3v.stock import AutoTokenizer
 from tests.model_helpers import golden, golden_inputs, published_folder
 from tests.model_helpers import picture as golden_picture
 

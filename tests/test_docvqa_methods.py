@@ -186,7 +186,14 @@ def test_screen(run_of, method):
     assert "to try it:       python -m tools.predict" + " --load_in_4bit" * (method == "qlora") in output
     assert f"before training: ANLS {before:.4f}" in output
     assert f"after training:  ANLS {after:.4f}" in output
-    assert f"gain:            ANLS {after - before:+.4f}" in output
+    assert f"gain:            ANLS {after - before:+.4f}, from {before:.4f} to {after:.4f}" in output
+    ending = lines[lines.index(f"gain:            ANLS {after - before:+.4f}, from {before:.4f} to {after:.4f}") :]
+    begins = ("gain: ", f"trained:         {STEPS} steps, ", "duration: ", f"model and files: {folder}", "to try it: ")
+    assert len(ending) <= 10, output
+    told = [line for line in ending if line.startswith(begins)]
+    assert [line.startswith(begin) for line, begin in zip(told, begins, strict=True)] == [True] * 5, output
+    assert re.search(r"steps, [\d.]+ examples/s, at most [\d.]+ GB a process", told[1])
+    assert f"step {STEPS} of {STEPS}: eval anls " in output
 
 
 def test_log_has_speed_and_memory(run_of):

@@ -1,11 +1,17 @@
 """What is loaded, what trains, and checkpoints that cannot be used."""
 
+import argparse
 import json
+import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from common import loading
 from common.checkpoints import record_of
@@ -402,6 +408,61 @@ def test_training_an_adapter_further(checkpoint, tmp_path):
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_damaged_adapter(checkpoint, tmp_path, monkeypatch):
+    """Told before the base is read, but for weights that only the model made of both shows to be missing."""
+    model, processor = load_for_training(loading_options(checkpoint, use_lora=True))
+    write_model(model, processor, tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    first = next(name for name in weights if "lora_A" in name)
+
+    def damaged(name: str, change: Callable[[Path], None]) -> argparse.Namespace:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tmp_path / "whole", folder)
+        change(folder / name)
+        return loading_options(folder, eval_only=True)
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-20])
+
+    def other(**changes: Any) -> Callable[[Path], None]:
+        return lambda file: file.write_text(json.dumps({**config, **changes}))
+
+    def stored(**changes: torch.Tensor) -> Callable[[Path], None]:
+        return lambda file: save_file({**weights, **changes}, file)
+
+    def without_first(file: Path) -> None:
+        save_file({name: weight for name, weight in weights.items() if name != first}, file)
+
+    for name, change, message in (
+        ("adapter_config.json", cut, r"adapter_config\.json is cut off, or names no base .*: fetch the adapter anew"),
+        ("adapter_config.json", other(base_model_name_or_path=None), r"names no base"),
+        ("adapter_config.json", other(peft_type="IA3"), r"is of a IA3 adapter: only LoRA's are known here"),
+        ("adapter_model.safetensors", cut, r"adapter_model\.safetensors cannot be read .*: fetch the adapter anew"),
+        ("adapter_model.safetensors", Path.unlink, r"is an adapter without adapter_model\.safetensors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(damaged(name, change))
+    training = damaged("adapter_config.json", other(r=None))
+    training.eval_only = False
+    with pytest.raises(UserError, match=r"adapter_config\.json has no r: such an adapter cannot be trained further"):
+        check_checkpoint(training)
+    unknown = {"base_model.model.model.layers.7.lora_A.weight": torch.zeros(4, 4)}
+    for change, message in (
+        (without_first, rf"1 weights missing from it \({re.escape(first)}\)"),
+        (stored(**unknown), r"1 weights not expected \(base_model\.model\.model\.layers\.7\.lora_A\.weight\)"),
+        (stored(**{first: torch.zeros(1, 1)}), r"its adapter cannot be loaded: .*size mismatch"),
+    ):
+        options = damaged("adapter_model.safetensors", change)
+        check_checkpoint(options)
+        with pytest.raises(UserError, match=message):
+            load_model(options.model_name_or_path, options)
+    # the adapted head itself, which PEFT stores by default
+    head = {"base_model.model.lm_head.base_layer.weight": model.base_model.model.lm_head.base_layer.weight.detach()}
+    again = damaged("adapter_model.safetensors", stored(**head))
+    assert isinstance(load_model(again.model_name_or_path, again), PeftModel)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json"])

@@ -273,12 +273,21 @@ def test_evaluation_in_between_has_its_own_attention(capsys):
     stopping = SimpleNamespace(agreed=lambda device: told_to_stop)
     options = argparse.Namespace(eval_steps=1, attention="sdpa", stopping=stopping)
     arguments = SimpleNamespace(device="cpu")
-    callback = _WhileTraining(options, lambda _, name: seen.append((name, model.config._attn_implementation)), "")
-    callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog())
+    logged = []
+
+    def evaluate(_, name):
+        seen.append((name, model.config._attn_implementation))
+        return {"accuracy": 0.5, "auroc": None, "per_class": {"yes": 0.5}}
+
+    callback = _WhileTraining(options, evaluate)
+    callback.trainer = SimpleNamespace(
+        model=model, leave_out=lambda seconds: None, watchdog=Watchdog(), log=logged.append
+    )
     with using_attention(model, "eager"):
         callback.on_step_end(arguments, SimpleNamespace(global_step=1), None)
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert seen == [("eval_step_1", "sdpa")]
+    assert logged == [{"eval_accuracy": 0.5}]
     assert model.config._attn_implementation == "sdpa"
 
     def fail(*_):

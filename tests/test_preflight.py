@@ -90,6 +90,9 @@ def test_a_run_that_will_do_is_let_through(method, tmp_path, capsys):
     assert len(lines) == 1
     assert lines[0].startswith("checked: libraries; 10 of 10 examples (10 decoded), of up to ")
     assert " to be written (" in lines[0]
+    model = prepare_for_training(load_model(options.model_name_or_path, options), processor_of_demo(), options)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert f"; {trained / 1e6:.3g} M parameters train beside " in lines[0]
     assert lines[0].endswith("a trial save and reload")
     assert list(tmp_path.iterdir()) == []
 

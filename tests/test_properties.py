@@ -547,7 +547,7 @@ def test_options(parsers, place, task, data):
     for name, (kind, text) in last.items():
         value = read(kind, text)
         assert value is not None
-        adapted = options.dry_run and name in ("eval_limit", "max_steps", "eval_steps")
+        adapted = options.dry_run and name in ("eval_limit", "max_steps", "eval_steps", "report_to")
         if name not in ("output_dir", "gradient_checkpointing") and not adapted:
             assert getattr(options, name) in (value, os.path.expanduser(text)), name
     for name, value in vars(options).items():

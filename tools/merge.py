@@ -16,10 +16,11 @@ from those of its run. Evaluate what was merged with a script's `--eval_only --m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -128,6 +129,19 @@ def write(model: Phi3VForCausalLM, processor: Phi3VProcessor, folder: Path) -> N
         sync_to_disk(path)
 
 
+@contextlib.contextmanager
+def telling_what_is_not_written(folder: Path) -> Iterator[None]:
+    """For what writes the result.
+
+    Raises:
+        UserError: the disk is full or fails.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {one_line(error)}") from error
+
+
 def merge(options: argparse.Namespace, beside: Path) -> list[str]:
     """Merge, write beside and compare.
 
@@ -151,7 +165,8 @@ def merge(options: argparse.Namespace, beside: Path) -> list[str]:
         model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # a weight would not be finite
         raise UserError(f"{options.adapter} cannot be merged: {one_line(error)}") from error
-    write(model, processor, beside)
+    with telling_what_is_not_written(options.merged):
+        write(model, processor, beside)
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -184,10 +199,9 @@ def main() -> None:
     try:
         problems = merge(options, beside)
         if not problems:
-            beside.replace(options.merged)
-            sync_to_disk(options.merged.absolute().parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{options.merged} cannot be written: {one_line(error)}") from error
+            with telling_what_is_not_written(options.merged):
+                beside.replace(options.merged)
+                sync_to_disk(options.merged.absolute().parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if problems:

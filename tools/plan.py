@@ -76,7 +76,7 @@ def in_words(setting: Setting) -> str:
     return words + (f" --deepspeed {setting.deepspeed}" if setting.deepspeed != DEEPSPEED else "")
 
 
-def helps(config: Phi3VConfig, setting: Setting) -> Iterator[tuple[str, Setting]]:
+def helps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """What else would need less, one change at a time."""
     for method in METHODS[METHODS.index(setting.method) + 1 :]:
         yield f"--method {method}", dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
@@ -135,7 +135,7 @@ def tell_shortage(config: Phi3VConfig, size: float, setting: Setting, room: floa
         f"nothing fits {room / 1e9:g} GB; the least greedy, {in_words(setting)}, lacks {(size - room) / 1e9:.1f} GB:\n"
     )
     print(report(estimate(config, setting)) + "\n\nwhat would help:")
-    for change, other in helps(config, setting):
+    for change, other in helps(setting):
         less = needed(estimate(config, other))
         fits = "fits" if less <= room else f"still lacks {(less - room) / 1e9:.1f} GB"
         print(f"  {change:<24}{less / 1e9:>8.1f} GB needed, {fits}")

@@ -22,7 +22,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationMixin,
@@ -88,7 +87,6 @@ def find_fused_cross_entropy(
 __all__ = [
     "ROPE_INIT_FUNCTIONS",
     "AttentionInterface",
-    "AutoTokenizer",
     "BaseImageProcessor",
     "BaseModelOutputWithPast",
     "BatchFeature",

@@ -18,7 +18,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from common.demo import CHECKPOINT
 from tests.forked import DOCVQA, UCF101, exit_code, fork
@@ -213,6 +216,22 @@ def bad_checkpoint(change: Callable[[Path, random.Random], None]) -> Make:
     return make
 
 
+def bad_adapter(name: str) -> Make:
+    """The adapter to train further has a file that is cut off; it has to be named."""
+
+    def make(folder: Path, generator: random.Random) -> Case:
+        copy = folder / "adapter"
+        copy.mkdir()
+        config = LoraConfig(base_model_name_or_path=str(CHECKPOINT), r=4, target_modules="lm_head")
+        config.save_pretrained(copy)
+        save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 96)}, copy / "adapter_model.safetensors")
+        cut(name)(copy, generator)
+        given = ("--train_data", write(folder, rows()), "--model_name_or_path", copy, "--use_lora", "--lora_rank", 4)
+        return DOCVQA, given, (f"{copy}/{name}",)
+
+    return make
+
+
 def cut(name: str) -> Callable[[Path, random.Random], None]:
     """A file of the checkpoint is cut off."""
 
@@ -268,6 +287,8 @@ KINDS: dict[str, Make] = {
     "model's weights cut off": bad_checkpoint(cut("model.safetensors")),
     "model's configuration cut off": bad_checkpoint(cut("config.json")),
     "model without a tokenizer": bad_checkpoint(lambda copy, generator: (copy / "tokenizer.json").unlink()),
+    "adapter's weights cut off": bad_adapter("adapter_model.safetensors"),
+    "adapter's configuration cut off": bad_adapter("adapter_config.json"),
     "DeepSpeed's configuration broken": bad_deepspeed,
 }
 
