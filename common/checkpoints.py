@@ -229,7 +229,8 @@ def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = Tr
     """
     stored = on_first(lambda: read_json(folder / RUN_RECORD))
     if stored is None and not may_begin:
-        raise UserError(f"{folder} has no {RUN_RECORD}: give a checkpoint in the output folder of a run")
+        missing = f"{folder} has no {RUN_RECORD}: give a checkpoint in the output folder of a run"
+        raise UserError(missing, everywhere=True)
     if stored is None:
         on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
         return
@@ -240,7 +241,8 @@ def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = Tr
     if different:
         raise UserError(
             f"{folder} holds a run with other options: {'; '.join(different)}. Give its own to go on with it, or "
-            "another --output_dir, or --overwrite"
+            "another --output_dir, or --overwrite",
+            everywhere=True,
         )
 
 

@@ -254,8 +254,8 @@ def parse_options(
     parser.error = _raise_user_error
     for kind in (int, float):
         parser.register("type", kind, functools.partial(_read_number, kind))
-    options = parser.parse_args()
-    problems = []
+    options, unknown = parser.parse_known_args()
+    problems = [f"{' '.join(unknown)}: there is no such option (--help lists them)"] if unknown else []
     for name, value in vars(options).items():
         if isinstance(value, _NoNumber):
             problems.append(f"--{name} {value}: it must be a {'whole ' if value.kind is int else ''}number")
@@ -367,6 +367,10 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} {value}: it must be above 0")
     if not 0 <= options.max_bad_fraction < 1:
         problems.append(f"--max_bad_fraction {options.max_bad_fraction}: it must be at least 0 and under 1")
+    if options.dry_run and options.resume not in ("auto", "never"):
+        problems.append(
+            f"--dry_run takes the first step, and --resume {options.resume} later ones: leave one of them out"
+        )
     if options.dry_run and options.eval_only:
         problems.append("--dry_run tries out training, and --eval_only leaves it out: leave one of them out")
     if options.freeze_vision_model:

@@ -621,6 +621,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         max_tokens: of an example, the model's limit; None for no limit.
         skips_bad: whether a filler takes the place of an example that cannot be made (`--bad_examples skip`);
             else it is an error.
+        measured: for how many epochs, and what `common.packing.measure_questions` has found; None before.
     """
 
     def __init__(
@@ -638,6 +639,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         self.pictures = pictures
         self.max_tokens: int | None = None
         self.skips_bad = False
+        self.measured: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return self.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ NO_MEMORY = re.compile(
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _options: argparse.Namespace | None = None
+_undo: Callable[[], None] | None = None
 
 
 class UserError(ValueError):
@@ -85,6 +87,12 @@ def note_options(options: argparse.Namespace) -> None:
     _options = options
 
 
+def undo_on_failure(undo: Callable[[], None]) -> None:
+    """Remember what the first process is to do when a script ends with an error."""
+    global _undo
+    _undo = undo
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; torchrun's summary shows the error that came first, of whichever process.
 
@@ -94,10 +102,19 @@ def run(main: Callable[[], None]) -> None:
     Where memory runs out, what to change is said below the traceback.
     """
 
+    def main_or_undo() -> None:
+        try:
+            main()
+        except Exception:
+            if _undo is not None and is_first_process():
+                with contextlib.suppress(OSError):
+                    _undo()
+            raise
+
     @record
     def guarded() -> None:
         try:
-            main()
+            main_or_undo()
         except (UserError, NotWrittenError) as error:
             if isinstance(error, NotWrittenError):
                 remedy = "see that there is room on that disk and that it works, then start the same command again"

@@ -160,6 +160,21 @@ def measure_questions(
     return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths], numbers, problems)
 
 
+def check_fits(questions: Questions, max_tokens: int) -> None:
+    """Every process knows of all questions, and finds the same.
+
+    Raises:
+        UserError: a question that alone has more than `max_tokens`.
+    """
+    longest = max(range(len(questions)), key=lambda question: questions.tokens([question]), default=None)
+    if longest is not None and (tokens := questions.tokens([longest])) > max_tokens:
+        raise UserError(
+            f"--max_tokens_per_gpu {max_tokens}: example {questions.number(longest)} alone has about {tokens} tokens; "
+            f"give at least {tokens}, or fewer --num_crops",
+            everywhere=True,
+        )
+
+
 class PackedBatchSampler:
     """The packs of one process, as groups of `ExampleKey`s.
 
@@ -201,14 +216,8 @@ class PackedBatchSampler:
         self.questions, self.batch_size, self.max_tokens = questions, batch_size, max_tokens
         self.rank, self.world, self.seed, self.epochs = rank, world, seed, epochs
         self.epoch = 0
-        alone = [questions.tokens([question]) for question in range(len(questions))]
-        longest = max(range(len(questions)), key=alone.__getitem__)
-        if alone[longest] > max_tokens:
-            raise UserError(
-                f"--max_tokens_per_gpu {max_tokens}: example {questions.number(longest)} alone has about "
-                f"{alone[longest]} tokens; give at least {alone[longest]}, or fewer --num_crops"
-            )
-        self.shortest = min(range(len(questions)), key=alone.__getitem__)
+        check_fits(questions, max_tokens)
+        self.shortest = min(range(len(questions)), key=lambda question: questions.tokens([question]))
         # the first question about each picture stands for it in the shuffle
         self._stands_for: dict[int, int] = {}
         for question, picture in enumerate(questions.pictures):

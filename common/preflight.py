@@ -18,19 +18,18 @@ from packaging.requirements import Requirement
 from transformers import set_seed
 
 from .checkpoints import checkpoints_in, step_of
-from .cli import BITSANDBYTES_OPTIMIZERS, RUN_RECORD, files_of_run
+from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import UserError, is_first_process, raise_all, rank_and_world, say
-from .facts import RUN_FACTS
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
 from .together import together
-from .training import write_model
+from .training import forget_unbegun, measure_for_packs, write_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
@@ -92,16 +91,16 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         having = [str(rank) for rank, (_, found) in enumerate(found_by_all) if problem in found]
         where = "" if len(having) == len(found_by_all) else f"process {', '.join(having)}: "
         problems[where + problem] = None
-    begun = files_of_run(options.output_dir)
-    if problems and is_first_process() and {file.name for file in begun} <= {RUN_RECORD, RUN_FACTS}:
-        for file in begun:  # nothing is done, so other options may be tried
-            file.unlink()
+    if problems and is_first_process():
+        forget_unbegun(options)
     try:
         raise_all(list(problems))
     except UserError as error:
         error.everywhere = True  # so that the first process tells
         raise
     say(f"checked: {'; '.join(facts)}")
+    if dataset is not None and options.packs:
+        measure_for_packs(dataset, processor, options, config)
 
 
 def version_problems(options: argparse.Namespace) -> list[str]:

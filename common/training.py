@@ -49,13 +49,13 @@ from .checkpoints import (
 from .cli import LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
-from .errors import NotWrittenError, UserError, is_first_process, say
-from .facts import describe_data, write_facts
+from .errors import NotWrittenError, UserError, is_first_process, rank_and_world, say, undo_on_failure
+from .facts import RUN_FACTS, describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .launcher import launcher
 from .layers import causal_lm_of
 from .model_card import precision_options, push_to_hub, write_model_card
-from .packing import PackedBatchSampler, measure_questions, spread
+from .packing import PackedBatchSampler, check_fits, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
@@ -140,6 +140,7 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
     if options.dry_run:  # nothing else is written or looked at in the output folder
         options.output_dir = options.output_dir / f"dry_run{INCOMPLETE}"
     arguments.output_dir = str(options.output_dir)
+    undo_on_failure(functools.partial(forget_unbegun, options))
     _prepare_output_folder(options)
     data = describe_data({"train": train_data, "evaluation": eval_data})
     options.resume_from = None
@@ -168,7 +169,8 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not options.eval_only:
             _lock(folder)
-        begins_anew = options.overwrite and not (options.eval_only or options.restarted)
+        # also where an earlier dry run was killed
+        begins_anew = (options.overwrite or options.dry_run) and not (options.eval_only or options.restarted)
         for path in files_of_run(folder) if begins_anew else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
             if path.parent != folder and not any(path.parent.iterdir()):
@@ -183,6 +185,25 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
     wait_for_all()
     if is_first_process():
         (folder / SHARED_MARK).unlink()
+
+
+def forget_unbegun(options: argparse.Namespace) -> None:
+    """Of a run that ends before it has done anything, remove the records (first process).
+
+    Else other options, which its error may ask for, would be refused as those of another run.
+    """
+    begun = files_of_run(options.output_dir)
+    if {file.name for file in begun} <= {RUN_RECORD, RUN_FACTS}:
+        for file in begun:
+            file.unlink()
+    if options.dry_run:
+        _remove_dry_run(options.output_dir)
+
+
+def _remove_dry_run(folder: Path) -> None:
+    shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # where there was an output folder, it stays
+        folder.parent.rmdir()
 
 
 def _lock(folder: Path) -> None:
@@ -580,15 +601,30 @@ def train(
 
 def _end_dry_run(options: argparse.Namespace) -> None:
     """Leave nothing behind."""
-
-    def remove() -> None:
-        shutil.rmtree(options.output_dir)
-        with contextlib.suppress(OSError):  # where there was an output folder, it stays
-            options.output_dir.parent.rmdir()
-
-    on_first(remove)
+    on_first(functools.partial(_remove_dry_run, options.output_dir))
     say("dry run: one step is taken, nothing is written")
     sys.exit(0)
+
+
+def measure_for_packs(
+    dataset: ExampleDataset, processor: Phi3VProcessor, options: argparse.Namespace, config: Phi3VConfig
+) -> None:
+    """Where rows are packed, measure all examples, before weights are loaded (together).
+
+    Args:
+        dataset: gets what `make_batches` needs.
+
+    Raises:
+        UserError: an example that cannot be made or that is too long, unless such are left out; one with more than
+            `--max_tokens_per_gpu`.
+    """
+    dataset.max_tokens, dataset.skips_bad = config.max_position_embeddings, options.bad_examples == "skip"
+    threshold, epochs = config.original_max_position_embeddings, _epochs(len(dataset), options)
+    rank, world = rank_and_world()
+    questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm)
+    if options.max_tokens_per_gpu is not None:
+        check_fits(questions, options.max_tokens_per_gpu)
+    dataset.measured = epochs, questions
 
 
 def make_batches(
@@ -615,9 +651,11 @@ def make_batches(
     epochs, wanted = 0, _epochs(len(dataset), options)
     while wanted > epochs:  # once, and again where without bad examples the epochs are shorter and so more
         epochs = wanted
-        questions = measure_questions(
-            dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm
-        )
+        measured, questions = dataset.measured or (0, None)
+        if measured != epochs:
+            questions = measure_questions(
+                dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm
+            )
         if bad_examples is not None:
             bad_examples.add(questions.problems, step=0)
             bad_examples.check()

@@ -15,7 +15,7 @@ import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
-from common import cli
+from common import cli, errors
 from common.cli import OPTIMIZERS, PART_LEARNING_RATES
 from common.errors import UserError, run
 
@@ -169,7 +169,8 @@ WRONG = [
     (("--train_data", "x" * 300 + "/y/z"), "there is no such file or folder; give one, or a hub id"),
     (("--output_dir", "x" * 300), "cannot be written ([Errno 36] File name too long"),
     (("--resume", "x" * 300), "it is auto, never, or the folder of a checkpoint, and there is none"),
-    (("--no_such_option",), "unrecognized arguments: --no_such_option"),
+    (("--no_such_option", "1"), "--no_such_option 1: there is no such option (--help lists them)"),
+    (("--dry_run", "--resume", "/"), "--dry_run takes the first step, and --resume / later ones"),
     (("--deepspeed", "absent.json"), "absent.json: there is no such file; ds_configs/ holds zero2"),
     (("--report_to", "neptune_of_old"), "--report_to neptune_of_old: not installed here"),
     (("--output_dir", "/proc/output"), "--output_dir /proc/output cannot be written"),
@@ -262,7 +263,7 @@ def test_packing_is_of_all_scripts_and_sharing_of_two(monkeypatch, tmp_path, scr
     if script in (docvqa, nlvr2):
         assert parse(monkeypatch, tmp_path, "--share_images", script=script).packs
     else:
-        with pytest.raises(UserError, match="unrecognized arguments: --share_images"):
+        with pytest.raises(UserError, match="--share_images: there is no such option"):
             parse(monkeypatch, tmp_path, "--share_images", *where, script=script)
 
 
@@ -387,6 +388,25 @@ def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(fails)
     assert capsys.readouterr().err == "error: what is wrong\n"  # later, nobody else has
+
+
+def test_what_is_undone_when_a_script_fails(monkeypatch):
+    """By the first process alone, after any error; not at the end that a signal asks for."""
+    done = []
+    monkeypatch.setattr(errors, "_undo", None)
+    errors.undo_on_failure(lambda: done.append("undone"))
+    monkeypatch.setattr(errors, "_end_in_time", lambda: None)
+
+    def fails(error):
+        with pytest.raises((SystemExit, RuntimeError)):
+            run(lambda: (_ for _ in ()).throw(error))
+        return len(done)
+
+    assert fails(UserError("what is wrong")) == 1
+    assert fails(RuntimeError("out of memory")) == 2
+    assert fails(SystemExit(143)) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert fails(UserError("what is wrong")) == 2
 
 
 def parser_of(monkeypatch, script):

@@ -16,8 +16,8 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from transformers import set_seed
 
-from common import memory, preflight
-from common.cli import make_parser, parse_options
+from common import memory, preflight, training
+from common.cli import LOCK, make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
@@ -35,6 +35,7 @@ METHODS = {
 }
 DISK = namedtuple("usage", "total used free")
 ROOM = 10**12
+UNSEEN = 1  # of 200 examples one that is not in the sample
 
 
 def options_of(folder, *words):
@@ -61,8 +62,10 @@ def encoded_picture(broken=False):
     return content.getvalue()[: 1000 if broken else None]  # a header that can be read, and not all of the pixels
 
 
-def make_example(index, generator, broken=(), long=()):
+def make_example(index, generator, broken=(), long=(), no_header=()):
     place = f"pages, row {index}"
+    if index in no_header:
+        decode_image({"bytes": b"no picture", "path": None}, place)
     image = decode_image({"bytes": encoded_picture(index in broken), "path": None}, place)
     question = "which? " * (100_000 if index in long else 1)
     return Example(place, [Turn(f"<|image_1|>\n{question}", "this", [image])])
@@ -124,6 +127,54 @@ def test_a_run_that_has_not_begun_leaves_no_record(others, tmp_path):
     problem_of(dataset_of(broken=[3]), options)
     assert (tmp_path / "run.json").exists() == (tmp_path / "run_facts.json").exists() == bool(others)
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_dry_run_that_failed_leaves_nothing(tmp_path):
+    """Else the next one, with the options that its error asks for, would be refused; also where it was killed."""
+    for in_use in (False, True):
+        folder = tmp_path / str(in_use)
+        options = options_of(folder, "--dry_run")
+        options.output_dir = folder / "dry_run.incomplete"
+        options.output_dir.mkdir(parents=True)
+        if in_use:
+            (folder / "notes.txt").touch()
+        (options.output_dir / "run.json").touch()
+        (options.output_dir / "eval_before.json").touch()
+        training.forget_unbegun(options)
+        assert not options.output_dir.exists()
+        assert folder.exists() == in_use
+    options.output_dir.mkdir()
+    for name in ("run.json", "eval_before.json", "checkpoint-1"):
+        (options.output_dir / name).touch()
+    training._prepare_output_folder(options)
+    assert [path.name for path in options.output_dir.iterdir()] == [LOCK]
+
+
+def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch):
+    """All examples, for `make_batches`; what would not fit, or cannot be made, is told before the first evaluation."""
+    options = options_of(tmp_path, "--max_tokens_per_gpu", 4000, "--batch_size", 4)
+    dataset = dataset_of()
+    preflight.preflight(dataset, processor_of_demo(), options)
+    epochs, questions = dataset.measured
+    assert epochs == 1
+    assert len(questions) == len(dataset)
+    monkeypatch.setattr(training, "measure_questions", None)  # not measured again
+    config = Phi3VConfig.from_pretrained(CHECKPOINT)
+    arguments = SimpleNamespace(process_index=0, world_size=1, deepspeed_plugin=None)
+    batches = training.make_batches(dataset, processor_of_demo(), arguments, options, config)
+    assert batches.questions is questions
+    monkeypatch.undo()
+    for words, faults, message in (
+        ((300,), {}, r"--max_tokens_per_gpu 300: example 0 alone has about \d+ tokens"),
+        ((4000,), {"no_header": [UNSEEN]}, f"pages, row {UNSEEN}: "),
+    ):
+        options = options_of(tmp_path, "--max_tokens_per_gpu", *words)
+        with pytest.raises(UserError, match=message):
+            preflight.preflight(dataset_of(200, **faults), processor_of_demo(), options)
+    options = options_of(tmp_path, "--max_tokens_per_gpu", 4000, "--bad_examples", "skip")
+    dataset = dataset_of(200, no_header=[UNSEEN])
+    preflight.preflight(dataset, processor_of_demo(), options)
+    assert [problem.index for problem in dataset.measured[1].problems] == [UNSEEN]
 
 
 def write_nothing(*arguments):
