@@ -248,14 +248,18 @@ def test_the_output_of_another_run(records, adapter, folder, tmp_path, monkeypat
     whole = output.read_text()
     other = write_lines(tmp_path / "other.jsonl", records[0], records[5])
     shorter = write_lines(tmp_path / "shorter.jsonl", records[0])
+    replaced = shutil.copytree(folder, tmp_path / "replaced")  # a picture by another of the same name
+    first = replaced / records[0]["conversations"][-1]["images"][0]
+    Image.open(first).resize((90, 60)).save(first)
     for arguments, message in (
         ((data, folder, output, "--max_new_tokens", 5), r"line 1 is of another run \(another max_new_tokens\)"),
-        ((other, folder, output), r"line 2 is of another run \(another question, images\)"),
+        ((other, folder, output), r"line 2 is of another run \(another question, images, conversation\)"),
+        ((data, replaced, output), r"line 1 is of another run \(another conversation\)"),
         ((shorter, folder, output), "line 2 is of another run"),
     ):
         with pytest.raises(UserError, match=message):
             ask_file(monkeypatch, *arguments)
-    with pytest.raises(UserError, match=r"line 1 is of another run \(another checkpoint, weights\)"):
+    with pytest.raises(UserError, match=r"line 1 is of another run \(another checkpoint, base_weights, weights\)"):
         ask_file(monkeypatch, data, folder, output, checkpoint=adapter)
     assert output.read_text() == whole
 
@@ -267,6 +271,10 @@ def test_the_output_of_a_checkpoint_trained_once_more(records, adapter, folder, 
     ask_file(monkeypatch, data, folder, output, checkpoint=tmp_path / "adapter")
     with pytest.raises(UserError, match=r"another load_in_4bit\)"):
         ask_file(monkeypatch, data, folder, output, "--load_in_4bit", checkpoint=tmp_path / "adapter")
+    four_bits = tmp_path / "four_bits.jsonl"
+    ask_file(monkeypatch, data, folder, four_bits, "--load_in_4bit", checkpoint=tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"another load_in_4bit\)"):
+        ask_file(monkeypatch, data, folder, four_bits, checkpoint=tmp_path / "adapter")
     (file,) = (tmp_path / "adapter").glob("*.safetensors")
     save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
     with pytest.raises(UserError, match=r"line 1 is of another run \(another weights\)"):

@@ -7,10 +7,11 @@ A question's pictures stand before its text, numbered, as in training; the text 
 (DocVQA's ends in a line "Answer briefly."). A file is in the JSONL format of `common/conversations.py`: of every line
 the last turn is asked, whose `assistant` may be missing, and the turns before it are given with their answers.
 
-`--output` gets a line for every line of the file, in its order: `line`, `id` where there is one, `question`, `answer`,
-and what answered. Lines that it holds already are not asked again, so that a run that was stopped goes on; one that was
-half written then is dropped. Bad lines are named, all of them before the model is loaded but for pictures that cannot
-be decoded; they end the run (`--bad_examples stop`), or get an `error` in place of the answer (`--bad_examples skip`).
+`--output` gets a line for every line of the file, in its order: `line`, `id` where there is one, `question`, `images`,
+`answer`, and by what it is known again: `conversation`, a digest of all that was asked, and what answered. Lines that
+it holds already are not asked again, so that a run that was stopped goes on; one that was half written then is dropped.
+Bad lines are named, all of them before the model is loaded but for pictures that cannot be decoded; they end the run
+(`--bad_examples stop`), or get an `error` in place of the answer (`--bad_examples skip`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from common.loading import (
 from common.phi3v import Phi3VProcessor
 from common.phi3v.stock import find_file
 
+RESULTS = ("answer", "error")  # of a line of the output
 UNASKED = "-"  # in place of a last turn's answer, which is never shown to the model
 
 
@@ -184,9 +186,16 @@ def read_questions(
         last = turns[-1] if isinstance(turns, list) and turns else None
         about["question"] = last.get("user") if isinstance(last, dict) else None
         about["images"] = [os.path.relpath(picture.file, options.image_dir) for picture in line.pictures]
+        about["conversation"] = digest_of(line)
         pictures, error = tuple(picture.file for picture in line.pictures), faults[line.number]
         questions.append(Question(about, pictures, None if error else index_of[line.number], error))
     return questions, data
+
+
+def digest_of(line: Line) -> str:
+    """Of all turns of a line but the last answer, and of its pictures' sizes in bytes, for to read them takes long."""
+    sizes = [picture.file.stat().st_size if picture.file.is_file() else None for picture in line.pictures]
+    return hashlib.sha256(json.dumps([line.record.get("conversations"), sizes]).encode()).hexdigest()[:16]
 
 
 def _without_answer(line: Line) -> Line:
@@ -211,8 +220,9 @@ def count_answered(file: BinaryIO, path: Path, questions: Sequence[Question], ma
     for number, text in enumerate(lines, start=1):
         try:
             found, wanted = json.loads(text), {**questions[number - 1].about, **made_by}
-            different = [name for name, value in wanted.items() if found.get(name) != value]
-        except (ValueError, IndexError, AttributeError):
+            names = dict.fromkeys([*wanted, *found])  # what one of them has alone counts, too
+            different = [name for name in names if name not in RESULTS and found.get(name) != wanted.get(name)]
+        except (ValueError, IndexError, AttributeError, TypeError):
             different = ["place"]
         if different:
             raise UserError(
@@ -235,7 +245,9 @@ def answer_file(options: argparse.Namespace, loading: argparse.Namespace, proces
     made_by |= {"max_new_tokens": options.max_new_tokens, "precision": loading.precision.name}
     made_by |= {"revision": loading.revision} if loading.revision else {}
     made_by |= {"load_in_4bit": True} if options.load_in_4bit else {}
-    made_by |= {"weights": hash_of_weights(Path(options.checkpoint))} if os.path.isdir(options.checkpoint) else {}
+    base, _ = checkpoint_of(options.checkpoint, loading.revision)
+    for name, folder in {base: "base_weights", str(options.checkpoint): "weights"}.items():
+        made_by |= {folder: hash_of_weights(Path(name))} if os.path.isdir(name) else {}
     with open(options.output, "r+b" if options.output.exists() else "w+b") as file:
         done = count_answered(file, options.output, questions, made_by)
         print(f"{done} of {len(questions)} lines are in {options.output} already", flush=True)
