@@ -431,9 +431,9 @@ MOST_LOST["disk full"] = STEPS
 
 
 def drawn(seed: int) -> tuple[str, str]:
-    """Kind and configuration of a seed: all kinds in turn, then with the next configuration."""
+    """Kind and configuration of a seed: both in turn, and as their numbers have no common divisor, every pair once."""
     kinds, configurations = list(KINDS), list(CONFIGURATIONS)
-    return kinds[seed % len(kinds)], configurations[seed // len(kinds) % len(configurations)]
+    return kinds[seed % len(kinds)], configurations[seed % len(configurations)]
 
 
 @contextlib.contextmanager
