@@ -457,10 +457,8 @@ def _file_problems(options: argparse.Namespace) -> list[str]:
     if options.report_to != "none":
         available = get_available_reporting_integrations()
         missing = [name for name in options.report_to.split(",") if name not in available]
-        problems += [
-            f"--report_to {name}: not installed here, where there is {sorted(available)}; pip install {name}"
-            for name in missing
-        ]
+        told = [f"{name}: not installed here, where there is {sorted(available)}" for name in missing]
+        problems += [f"--report_to {one}; it takes tensorboard, wandb or trackio, by pip install NAME" for one in told]
     return problems + _output_problems(options)
 
 

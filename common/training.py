@@ -140,13 +140,13 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
     if options.dry_run:  # nothing else is written or looked at in the output folder
         options.output_dir = options.output_dir / f"dry_run{INCOMPLETE}"
     arguments.output_dir = str(options.output_dir)
-    undo_on_failure(functools.partial(forget_unbegun, options))
     _prepare_output_folder(options)
     data = describe_data({"train": train_data, "evaluation": eval_data})
     options.resume_from = None
     if not options.eval_only:
         rows = {"train_rows": data["train"]["fingerprint"], "eval_rows": data["evaluation"]["fingerprint"]}
         options.resume_from = _find_what_to_resume(options, record_of(options, **rows))
+    undo_on_failure(functools.partial(forget_unbegun, options))  # now that the folder is known to be this run's
     options.stopping = Stopping(options.grace_seconds)
     if not is_beside_a_run(options):
         write_facts(options, data)
@@ -652,6 +652,7 @@ def make_batches(
     while wanted > epochs:  # once, and again where without bad examples the epochs are shorter and so more
         epochs = wanted
         measured, questions = dataset.measured or (0, None)
+        dataset.measured = None  # the loader's workers would hold it, too
         if measured != epochs:
             questions = measure_questions(
                 dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm

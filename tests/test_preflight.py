@@ -163,6 +163,7 @@ def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch):
     arguments = SimpleNamespace(process_index=0, world_size=1, deepspeed_plugin=None)
     batches = training.make_batches(dataset, processor_of_demo(), arguments, options, config)
     assert batches.questions is questions
+    assert dataset.measured is None
     monkeypatch.undo()
     for words, faults, message in (
         ((300,), {}, r"--max_tokens_per_gpu 300: example 0 alone has about \d+ tokens"),
