@@ -184,9 +184,9 @@ def _share(encoded: Sequence[dict[str, Any]], image_token_id: int) -> dict[str, 
     length = prefix_length(first["input_ids"], image_token_id)
     prefix = first["input_ids"][:length]
     for one in encoded:
-        same_pictures = one.get("pixel_values") is first.get("pixel_values") or (
-            torch.equal(one["image_sizes"], first["image_sizes"])
-            and torch.equal(one["pixel_values"], first["pixel_values"])
+        same_pictures = all(
+            one.get(name) is first.get(name) or (name in one and name in first and torch.equal(one[name], first[name]))
+            for name in ("pixel_values", "image_sizes")
         )
         if length == 0 or not same_pictures or not torch.equal(one["input_ids"][:length], prefix):
             raise ValueError("questions that share pictures must have the same pictures and the same text before them")

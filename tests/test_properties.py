@@ -707,6 +707,45 @@ def test_packs(of, world, batch_size, max_tokens, seed, num_epochs):
         assert seen == Counter(range(len(made)))
 
 
+def change(one, name, place):
+    """The same with one of its numbers another."""
+    values = one[name].clone()
+    values.view(-1)[place % values.numel()] += 1
+    return {**one, name: values}
+
+
+WRONG = {
+    "a token of the prefix": lambda one, place, prefix: change(one, "input_ids", place % prefix),
+    "a pixel": lambda one, place, prefix: change(one, "pixel_values", place),
+    "a picture's size": lambda one, place, prefix: change(one, "image_sizes", place),
+    "a label in the prefix": lambda one, place, prefix: change(one, "labels", place % prefix),
+    "a label at a branch's first token": lambda one, place, prefix: change(one, "labels", prefix),
+    "no pixels": lambda one, place, prefix: {name: one[name] for name in one if name != "pixel_values"},
+    "no sizes": lambda one, place, prefix: {name: one[name] for name in one if name != "image_sizes"},
+}
+
+
+@many
+@given(
+    *(st.integers(1, 40), st.lists(st.integers(2, 20), min_size=2, max_size=5), st.sampled_from(sorted(WRONG))),
+    *(st.integers(0, HUGE), st.data()),
+)
+def test_questions_that_cannot_share(prefix, own, wrong, place, data):
+    """Pictures, or text before their end, that differ; labels there: told, and never packed."""
+    group = []
+    for question, length in enumerate(own):
+        ids = torch.cat([torch.full((prefix,), IMAGE_ID), 1000 + 100 * question + torch.arange(length)])
+        labels = torch.full_like(ids, IGNORED)
+        labels[-1:] = ids[-1:]
+        pixels = {"pixel_values": torch.ones(2, 3), "image_sizes": torch.ones(1, 2)}
+        group.append({"input_ids": ids, "labels": labels, **pixels})
+    assert len(share_pictures(group, IMAGE_ID, 10_000)) == 1
+    which = data.draw(st.integers(0, len(group) - 1))
+    group[which] = WRONG[wrong](group[which], place, prefix)
+    with pytest.raises(ValueError, match="questions that share pictures must"):
+        share_pictures(group, IMAGE_ID, 10_000)
+
+
 # --- batches
 
 
