@@ -215,7 +215,7 @@ def shorten_tool(words: list[str]) -> list[str]:
     if module == "benchmarks.render":
         return [*words, "--output", "{out}/RESULTS.md"]
     if module == "benchmarks.memory":
-        return [*words, "--rows", "10", "20", "--out", "{out}/figures.json"]
+        return [*words, "--rows", "10", "--out", "{out}/figures.json"]
     if module == "benchmarks.sharing_score":
         return [*words, "--seeds", "1", "--train_pages", "8", "--eval_limit", "4", "--output", "{out}/figures.json"]
     if module == "benchmarks.convert":

@@ -536,22 +536,6 @@ def test_gradients_that_nobody_compared_are_told() -> None:
 # --- commands
 
 
-@pytest.mark.long  # most of a minute: processes of their own
-def test_make_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it, small: the JSON holds the ratios, the last line prints them, and the page renders from it."""
-    output = tmp_path / "cpu.json"
-    cpu.main(["--size", "tiny", "--page_width", "340", "--rounds", "2", "--output", str(output)])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    named = {"ratio_full", "ratio_full_shared", "ratio_frozen_shared", "memory_ratio", "ratio_preprocess"}
-    assert last.keys() >= named | {"ratio_evaluate"}
-    stored = json.loads(output.read_text())
-    assert {name: stored[name] for name in last} == last
-    assert all(value > 0 for value in last.values())
-    assert "| `ratio_full_shared` |" in render.render(tmp_path)
-    planned = subprocess.run(["make", "-n", "bench"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "-m benchmarks.cpu" in planned.stdout
-
-
 @pytest.mark.long  # two processes
 def test_scaling(tmp_path: Path) -> None:
     arguments = "--size tiny --page_width 340 --pages 4 --rounds 1 --batch_size 8"

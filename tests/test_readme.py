@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import demos
+from benchmarks import demos, render
 from benchmarks.measuring import RESULTS
 from common import demo
 from common.cli import make_parser
@@ -33,7 +33,7 @@ from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.memory import Setting
 from common.phi3v.image_processing import CROP, plan_layout
-from tests import small_data, test_parity
+from tests import small_data, test_demo_runs, test_parity
 from tests.commands import (
     EVALUATED,
     NOT_RUN,
@@ -58,6 +58,7 @@ from tools import plan
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in documents()}
 ALL = "\n".join(TEXTS.values())
 RECURSIVE = ("make test", "make test-all")
+RUN_WHOLE = "make demo"  # for every task, by tests/test_demo_runs.py
 WRITTEN_BY_RUNS = {"eval_before.json", "eval_after.json", "eval_step_N.json", "train_log.jsonl", "train.jsonl"}
 WRITTEN_BY_RUNS |= {"run.json", "run_facts.json", "stages.json", "manifest.json", "report.html", "bad_examples.jsonl"}
 WRITTEN_BY_RUNS |= {"dev_seen.jsonl", "train.json", "dev.json", "img/", "images/", "results/", ".venv/"}
@@ -409,12 +410,17 @@ def test_make_target(command):
         assert "pytest" in ended.stdout
 
 
+def make_commands():
+    """Those that no other test runs."""
+    commands = {one for one in all_commands() if one.startswith("make ") and one not in RECURSIVE}
+    demos_run = {RUN_WHOLE, *(f"{RUN_WHOLE} TASK={task}" for task in test_demo_runs.BARS)}
+    return sorted(commands - demos_run)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "command", sorted({one for one in all_commands() if one.startswith("make ") and one not in RECURSIVE})
-)
+@pytest.mark.parametrize("command", make_commands())
 def test_make(command, tmp_path):
-    """In a copy of the repository, with an environment whose `python` and `torchrun` add what shortens a run."""
+    """In a copy of the repository, with an environment whose `python` adds what shortens a run."""
     copy = tmp_path / "repository"
     kept_out = shutil.ignore_patterns(
         ".venv", ".git", "demo_runs", "demo_data*", "demo_output*", "output", "__pycache__", ".*_cache"
@@ -422,12 +428,8 @@ def test_make(command, tmp_path):
     shutil.copytree(REPOSITORY, copy, ignore=kept_out)
     binaries = copy / "venv" / "bin"
     binaries.mkdir(parents=True)
-    shorter = "--max_steps 1 --eval_limit 4 --num_workers 1"
     wrappers = {
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@" {shorter}',
         "python": f"""case "$*" in
-  "-m common.demo data "*) exec {sys.executable} "$@" --train_pages 64 ;;
-  finetune_*) exec {sys.executable} "$@" {shorter} ;;
   "-m tests.faults.harness "*) exec {sys.executable} "$@" --seeds 1 --bad_inputs 0 ;;
   "-m benchmarks.cpu") exec {sys.executable} "$@" --size tiny --rounds 1 --page_width 340 ;;
   *) exec {sys.executable} "$@" ;;
@@ -450,8 +452,15 @@ esac""",
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-3000:]
-    if "bench" in command:
-        assert "ratio_evaluate" in (copy / "benchmarks" / "results" / "cpu.json").read_text()
+    if "bench" in command:  # the JSON holds the ratios, the last line prints them, and the page is made from it
+        last = json.loads(ended.stdout.splitlines()[-1])
+        named = {"ratio_full", "ratio_full_shared", "ratio_frozen_shared", "memory_ratio", "ratio_preprocess"}
+        assert last.keys() >= named | {"ratio_evaluate"}
+        results = copy / "benchmarks" / "results"
+        stored = json.loads((results / "cpu.json").read_text())
+        assert {name: stored[name] for name in last} == last
+        assert all(value > 0 for value in last.values())
+        assert "| `ratio_full_shared` |" in render.render(results)
     if "soak" in command:
         assert "faults 1 recovered 1 bad inputs 0 clear 0" in ended.stdout, ended.stdout[-3000:]
     if "demo" in command:
