@@ -536,7 +536,9 @@ class _WhileTraining(TrainerCallback):
                 with using_attention(self.trainer.model, self.options.attention):
                     totals = self.evaluate(self.options, f"eval_step_{state.global_step}")
                 scores = {name: value for name, value in totals.items() if isinstance(value, int | float)}
+                wants_log = control.should_log
                 self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
+                control.should_log = wants_log  # the step's own line, for which the Trainer would take this one
             except NotWrittenError as error:  # as on a full disk: the run goes on
                 say(f"the evaluation after step {state.global_step} is lost: {error}")
             self.trainer.leave_out(time.perf_counter() - began)

@@ -280,23 +280,28 @@ def test_evaluation_in_between_has_its_own_attention(capsys):
         return {"accuracy": 0.5, "auroc": None, "per_class": {"yes": 0.5}}
 
     callback = _WhileTraining(options, evaluate)
-    callback.trainer = SimpleNamespace(
-        model=model, leave_out=lambda seconds: None, watchdog=Watchdog(), log=logged.append
-    )
+    control = SimpleNamespace(should_log=True)
+
+    def log(scores):
+        logged.append(scores)
+        control.should_log = False  # as the Trainer has it
+
+    callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog(), log=log)
     with using_attention(model, "eager"):
-        callback.on_step_end(arguments, SimpleNamespace(global_step=1), None)
+        callback.on_step_end(arguments, SimpleNamespace(global_step=1), control)
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert seen == [("eval_step_1", "sdpa")]
     assert logged == [{"eval_accuracy": 0.5}]
+    assert control.should_log
     assert model.config._attn_implementation == "sdpa"
 
     def fail(*_):
         raise NotWrittenError("no room")
 
     callback.evaluate, evaluate = fail, callback.evaluate
-    callback.on_step_end(arguments, SimpleNamespace(global_step=2), None)
+    callback.on_step_end(arguments, SimpleNamespace(global_step=2), control)
     assert "the evaluation after step 2 is lost: no room" in capsys.readouterr().out
     callback.evaluate = evaluate
     told_to_stop = True  # then what time there is goes to the checkpoint
-    callback.on_step_end(arguments, SimpleNamespace(global_step=3), None)
+    callback.on_step_end(arguments, SimpleNamespace(global_step=3), control)
     assert seen == [("eval_step_1", "sdpa")]
