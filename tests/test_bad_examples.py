@@ -100,7 +100,7 @@ def options_for(**values):
     options = {"share_images": False, "all_questions": False, "max_tokens_per_gpu": None, "batch_size_per_gpu": 1}
     options |= {"batch_size": 8, "seed": 0, "num_train_epochs": 1, "max_steps": None, "num_workers": 0}
     options |= {"attention": "sdpa", "device": "cpu", "bad_examples": "skip", "report_images": False}
-    options |= values
+    options |= {"tqdm": False, **values}
     packs = options["share_images"] or options["max_tokens_per_gpu"] is not None
     return argparse.Namespace(**options, packs=packs)
 

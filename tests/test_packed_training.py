@@ -173,7 +173,7 @@ def test_options_reach_what_they_change(pages, tmp_path, compiles):
 def options_for(**values):
     options = {"share_images": False, "max_tokens_per_gpu": None, "batch_size_per_gpu": 1, "batch_size": 4, "seed": 0}
     options |= {"num_train_epochs": 1, "max_steps": None, "num_workers": 0, "attention": "sdpa", "device": "cpu"}
-    options |= values
+    options |= {"tqdm": False, **values}
     packs = options["share_images"] or options["max_tokens_per_gpu"] is not None
     return argparse.Namespace(**options, packs=packs)
 
