@@ -234,7 +234,8 @@ def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = Tr
     if stored is None:
         on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
         return
-    pairs = {name: (stored.get(name, "absent"), record.get(name, "absent")) for name in {**stored, **record}}
+    names = [name for name in {**stored, **record} if name not in FREE_OPTIONS]  # which earlier code may have compared
+    pairs = {name: (stored.get(name, "absent"), record.get(name, "absent")) for name in names}
     different = [
         f"{IN_WORDS.get(name, name)} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine
     ]

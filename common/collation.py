@@ -188,7 +188,8 @@ def _share(encoded: Sequence[dict[str, Any]], image_token_id: int) -> dict[str, 
             one.get(name) is first.get(name) or (name in one and name in first and torch.equal(one[name], first[name]))
             for name in ("pixel_values", "image_sizes")
         )
-        if length == 0 or not same_pictures or not torch.equal(one["input_ids"][:length], prefix):
+        same_length = prefix_length(one["input_ids"], image_token_id) == length > 0
+        if not (same_length and same_pictures and torch.equal(one["input_ids"][:length], prefix)):
             raise ValueError("questions that share pictures must have the same pictures and the same text before them")
         if (one["labels"][: length + 1] != IGNORED_LABEL).any():
             raise ValueError("questions that share pictures must not be labelled before their own text")

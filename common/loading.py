@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
 from .data import one_line
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .files import read_json
 from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -274,9 +274,9 @@ def _put_adapter_on(model: Phi3VForCausalLM, name_or_path: str, options: argpars
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
             adapted = PeftModel.from_pretrained(model, name_or_path, **of_adapter)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--model_name_or_path {name_or_path}: its adapter cannot be loaded: {one_line(error)}"
         ) from error

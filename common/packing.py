@@ -11,11 +11,12 @@ import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
 from .collation import Example, Turn, encode_example, prefix_length
-from .conversations import counting_processor
+from .conversations import MOST_PROBLEMS, counting_processor
 from .data import (
     ExampleDataset,
     ExampleKey,
@@ -26,12 +27,22 @@ from .data import (
     open_header,
     opening_images_by,
 )
-from .errors import UserError
+from .errors import UserError, raise_all
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
 
 Group = list[int]  # questions about one picture
 Pack = list[Group]  # what goes through the model at once
+
+
+def _raise_everywhere(problems: list[str]) -> NoReturn:
+    """What every process has gathered."""
+    more = len(problems) - MOST_PROBLEMS
+    try:
+        raise_all(problems[:MOST_PROBLEMS] + ([f"and {more} more examples"] if more > 0 else []))
+    except UserError as error:
+        error.everywhere = True  # so that the first process tells
+        raise
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,6 @@ class _Lengths(torch.utils.data.Dataset):
                 try:
                     lengths.append(self._measure(index, epoch))
                 except UserError as error:
-                    if not self.dataset.skips_bad:
-                        raise
                     return Problem(index, epoch, str(error))
         return max(prefix for prefix, _ in lengths), max(length for _, length in lengths)
 
@@ -145,6 +154,8 @@ def measure_questions(
             bar.update(len(batch))
     measured = gather_in_order(of_share, world)
     problems = [one for one in measured if isinstance(one, Problem)]
+    if problems and not dataset.skips_bad:
+        _raise_everywhere([one.text for one in problems])
     numbers = [number for number, one in enumerate(measured) if not isinstance(one, Problem)]
     lengths = [measured[number] for number in numbers]
     if dataset.pictures is None:

@@ -81,7 +81,8 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     if options.device.type == "cuda":
         own += memory_problems(options, config, longest, facts)
     if dataset is not None and is_first_process():
-        facts.append(what_trains(weights_of_run(options, config)))
+        if base == options.model_name_or_path:  # of an adapter that is trained further it is what that adapts
+            facts.append(what_trains(weights_of_run(options, config)))
         shared += disk_problems(options, config, len(dataset), facts) + trial_problems(options, config, processor)
         facts.append("a trial save and reload")
     found_by_all = together(lambda: (shared, own))

@@ -60,7 +60,7 @@ from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
 from .rendezvous import begin_group
-from .report import read_log, write_report
+from .report import PICTURES, read_log, write_report
 from .stopping import Stopping, outlive_stop_signals
 from .together import on_first
 from .watching import WatchedTrainer
@@ -146,7 +146,6 @@ def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> Train
     if not options.eval_only:
         rows = {"train_rows": data["train"]["fingerprint"], "eval_rows": data["evaluation"]["fingerprint"]}
         options.resume_from = _find_what_to_resume(options, record_of(options, **rows))
-    undo_on_failure(functools.partial(forget_unbegun, options))  # now that the folder is known to be this run's
     options.stopping = Stopping(options.grace_seconds)
     if not is_beside_a_run(options):
         write_facts(options, data)
@@ -190,18 +189,21 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
 def forget_unbegun(options: argparse.Namespace) -> None:
     """Of a run that ends before it has done anything, remove the records (first process).
 
-    Else other options, which its error may ask for, would be refused as those of another run.
+    Else other options, which its error may ask for, would be refused as those of another run. Pictures that an
+    evaluation has kept for the report are nothing without it.
     """
-    begun = files_of_run(options.output_dir)
-    if {file.name for file in begun} <= {RUN_RECORD, RUN_FACTS}:
+    begun = [] if options.eval_only else files_of_run(options.output_dir)
+    if all(file.name in (RUN_RECORD, RUN_FACTS) or file.parent.name == PICTURES for file in begun):
         for file in begun:
             file.unlink()
+        with contextlib.suppress(OSError):
+            (options.output_dir / PICTURES).rmdir()
     if options.dry_run:
         _remove_dry_run(options.output_dir)
 
 
 def _remove_dry_run(folder: Path) -> None:
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # on some network storage the lock's file stays while it is open
     with contextlib.suppress(OSError):  # where there was an output folder, it stays
         folder.parent.rmdir()
 
@@ -231,6 +233,7 @@ def _find_what_to_resume(options: argparse.Namespace, record: dict[str, Any]) ->
     if options.resume not in ("auto", "never"):
         check_same_run(Path(options.resume).absolute().parent, record, may_begin=False)
     check_same_run(folder, record)
+    undo_on_failure(functools.partial(forget_unbegun, options))  # now that the folder is known to be this run's
     checkpoint = checkpoint_to_resume(options.resume, folder, since)
     if options.resume not in ("auto", "never") and not options.restarted:
         forget_stages(folder, SAVED, "eval_after")  # of a later state of the run

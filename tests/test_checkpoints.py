@@ -231,6 +231,9 @@ def test_every_difference_is_listed_with_both_values(tmp_path):
     check_same_run(tmp_path, record_of(less_memory, examples=100))
     flash = options(use_flash_attention=True, attention="flash_attention_2")
     check_same_run(tmp_path, record_of(flash, examples=100))
+    (tmp_path / "earlier").mkdir()  # with code that compared more
+    (tmp_path / "earlier" / "run.json").write_text(json.dumps({**record_of(options()), "use_flash_attention": True}))
+    check_same_run(tmp_path / "earlier", record_of(options()))
     with pytest.raises(UserError) as raised:
         check_same_run(tmp_path, record_of(options(seed=1, batch_size=8, packs=True), examples=99))
     for difference in (

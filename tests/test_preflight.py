@@ -129,6 +129,25 @@ def test_a_run_that_has_not_begun_leaves_no_record(others, tmp_path):
     assert (tmp_path / "notes.txt").exists()
 
 
+def test_what_a_run_without_a_result_is_forgotten_by(tmp_path):
+    """Its records, and pictures kept for a report; nothing where there is a result, or where one only evaluates."""
+    options = options_of(tmp_path)
+    (tmp_path / "report_images").mkdir()
+
+    def left(*names):
+        for name in ("run.json", "run_facts.json", "report_images/1.jpg", *names):
+            (tmp_path / name).touch()
+        training.forget_unbegun(options)
+        return (tmp_path / "run.json").exists(), (tmp_path / "report_images").exists()
+
+    assert left() == (False, False)
+    (tmp_path / "report_images").mkdir()
+    options.eval_only = True
+    assert left() == (True, True)
+    options.eval_only = False
+    assert left("eval_before.json") == (True, True)
+
+
 def test_a_dry_run_that_failed_leaves_nothing(tmp_path):
     """Else the next one, with the options that its error asks for, would be refused; also where it was killed."""
     for in_use in (False, True):
