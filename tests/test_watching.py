@@ -386,7 +386,7 @@ def test_a_full_disk_s_first_file(tmp_path, monkeypatch):
     (tmp_path / cli.LOCK).symlink_to("/dev/full")
     with pytest.raises(NotWrittenError, match="No space left on device"):
         training._prepare_output_folder(
-            SimpleNamespace(output_dir=tmp_path, eval_only=False, overwrite=False, restarted=False)
+            SimpleNamespace(output_dir=tmp_path, eval_only=False, overwrite=False, restarted=False, dry_run=False)
         )
 
 
