@@ -52,8 +52,8 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         return
     stored = read_adapter(adapter)
     base = stored["base_model_name_or_path"]
-    _names_in_adapter(options.model_name_or_path, options.revision)
     find_adapter(base, stored.get("revision"))  # it must be there, too
+    _names_in_adapter(options.model_name_or_path, options.revision)
     _check_files(base)
     _read_processor(base, stored.get("revision"))
     # an adapter is evaluated in the precision of adapter training
