@@ -253,8 +253,9 @@ def reliability_tables(folder: Path) -> dict[str, str]:
     for kind in dict.fromkeys(one["kind"] for one in result["bad_inputs"]):
         own = [one for one in result["bad_inputs"] if one["kind"] == kind]
         rows[kind] = [kind, len(own), sum(one["clear"] for one in own)]
+    measured_on = f"\n{machine_line(result)}" if "machine" in result else ""
     return {
-        "faults": _fault_table(tried, "kind") + "".join(f"\nLeft out: {one}.\n" for one in left_out),
+        "faults": _fault_table(tried, "kind") + measured_on + "".join(f"\nLeft out: {one}.\n" for one in left_out),
         "configurations": _fault_table(tried, "configuration"),
         "bad-inputs": markdown(["bad input", "tried", "ended with code 2 and the place named"], list(rows.values())),
     }
