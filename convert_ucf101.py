@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import av
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -188,9 +189,10 @@ def convert(video: Video, out_dir: Path, num_frames: int) -> str | None:
 def keep_freed_memory() -> None:
     """Keep glibc from giving every frame's memory back to the system and asking for it again, 400 pages a video.
 
-    It does so with blocks larger than the largest that it has seen freed; of 32 MB and more it takes no notice.
+    It does so with blocks larger than the largest that it has seen freed; of 32 MB and more it takes no notice. Nothing
+    is written to this one, so that no page of it is asked for.
     """
-    bytearray(31 << 20)
+    np.empty(31 << 20, np.uint8)
 
 
 def start_worker() -> None:
