@@ -72,13 +72,24 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def raise_all(problems: Sequence[str]) -> None:
-    """Raise one `UserError` that lists every problem; nothing where there is none."""
+def raise_all(problems: Sequence[str], everywhere: bool = False) -> None:
+    """Raise one `UserError` that lists every problem; nothing where there is none.
+
+    Args:
+        everywhere: as of `UserError`.
+    """
     if not problems:
         return
     if len(problems) == 1:
-        raise UserError(problems[0])
-    raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError(problems[0], everywhere)
+    listed = "\n".join(f"  - {problem}" for problem in problems)
+    raise UserError(f"{len(problems)} problems:\n{listed}", everywhere)
+
+
+def first_of(problems: list[str], most: int) -> list[str]:
+    """The first problems of many examples, and a line for how many more there are."""
+    more = len(problems) - most
+    return problems[:most] + ([f"and {more} more examples"] if more > 0 else [])
 
 
 def note_options(options: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -27,22 +26,12 @@ from .data import (
     open_header,
     opening_images_by,
 )
-from .errors import UserError, raise_all
+from .errors import UserError, first_of, raise_all
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
 
 Group = list[int]  # questions about one picture
 Pack = list[Group]  # what goes through the model at once
-
-
-def _raise_everywhere(problems: list[str]) -> NoReturn:
-    """What every process has gathered."""
-    more = len(problems) - MOST_PROBLEMS
-    try:
-        raise_all(problems[:MOST_PROBLEMS] + ([f"and {more} more examples"] if more > 0 else []))
-    except UserError as error:
-        error.everywhere = True  # so that the first process tells
-        raise
 
 
 @dataclass(frozen=True)
@@ -155,7 +144,7 @@ def measure_questions(
     measured = gather_in_order(of_share, world)
     problems = [one for one in measured if isinstance(one, Problem)]
     if problems and not dataset.skips_bad:
-        _raise_everywhere([one.text for one in problems])
+        raise_all(first_of([one.text for one in problems], MOST_PROBLEMS), everywhere=True)
     numbers = [number for number, one in enumerate(measured) if not isinstance(one, Problem)]
     lengths = [measured[number] for number in numbers]
     if dataset.pictures is None:

@@ -20,9 +20,9 @@ from transformers import set_seed
 from .checkpoints import checkpoints_in, step_of
 from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
-from .conversations import counting_processor
+from .conversations import MOST_PROBLEMS, counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
-from .errors import UserError, is_first_process, raise_all, rank_and_world, say
+from .errors import UserError, first_of, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
@@ -34,7 +34,6 @@ from .training import forget_unbegun, measure_for_packs, write_model
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
 SECONDS = 2.0  # a process decodes pictures; of the sample's others it reads the headers
-MOST_PROBLEMS = 20  # of examples, in one message
 TOKENS_PER_VIEW = 149  # about: 144 and its share of the separators
 CERTAIN = 0.7  # of the estimated activations; Liger's kernels and torch.compile keep less than the estimate says
 
@@ -76,8 +75,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         if options.bad_examples == "skip":
             facts += [f"{len(found)} of them bad"] if found else []
         else:
-            shared += found[:MOST_PROBLEMS]
-            shared += [f"and {len(found) - MOST_PROBLEMS} more examples"] if len(found) > MOST_PROBLEMS else []
+            shared += first_of(found, MOST_PROBLEMS)
     if options.device.type == "cuda":
         own += memory_problems(options, config, longest, facts)
     if dataset is not None and is_first_process():
@@ -94,11 +92,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         problems[where + problem] = None
     if problems and is_first_process():
         forget_unbegun(options)
-    try:
-        raise_all(list(problems))
-    except UserError as error:
-        error.everywhere = True  # so that the first process tells
-        raise
+    raise_all(list(problems), everywhere=True)  # so that the first process tells
     say(f"checked: {'; '.join(facts)}")
     if dataset is not None and options.packs:
         measure_for_packs(dataset, processor, options, config)

@@ -244,6 +244,7 @@ def test_every_difference_is_listed_with_both_values(tmp_path):
     ):
         assert difference in str(raised.value)
     assert str(raised.value).count(" there, ") == 4
+    assert raised.value.everywhere
 
 
 def test_may_be_divided_otherwise(tmp_path):

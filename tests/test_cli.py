@@ -256,6 +256,12 @@ def test_packs_need_no_equal_division(monkeypatch, tmp_path, arguments):
     assert (options.packs, options.accumulation) == (True, None)
 
 
+def test_a_dry_run_reports_nowhere(monkeypatch, tmp_path):
+    """Others would keep it."""
+    assert parse(monkeypatch, tmp_path, "--report_to", "tensorboard").report_to == "tensorboard"
+    assert parse(monkeypatch, tmp_path, "--report_to", "tensorboard", "--dry_run").report_to == "none"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_packing_is_of_all_scripts_and_sharing_of_two(monkeypatch, tmp_path, script):
     where = ("--data_dir", tmp_path)

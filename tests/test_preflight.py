@@ -169,11 +169,12 @@ def test_a_dry_run_that_failed_leaves_nothing(tmp_path):
     assert [path.name for path in options.output_dir.iterdir()] == [LOCK]
 
 
-def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch):
+def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     """All examples, for `make_batches`; what would not fit, or cannot be made, is told before the first evaluation."""
     options = options_of(tmp_path, "--max_tokens_per_gpu", 4000, "--batch_size", 4)
     dataset = dataset_of()
     preflight.preflight(dataset, processor_of_demo(), options)
+    assert "count tokens: 10 of 10 examples" in capsys.readouterr().err
     epochs, questions = dataset.measured
     assert epochs == 1
     assert len(questions) == len(dataset)
