@@ -725,13 +725,8 @@ WRONG = {
 }
 
 
-@many
-@given(
-    *(st.integers(1, 40), st.lists(st.integers(2, 20), min_size=2, max_size=5), st.sampled_from(sorted(WRONG))),
-    *(st.integers(0, HUGE), st.data()),
-)
-def test_questions_that_cannot_share(prefix, own, wrong, place, data):
-    """Pictures, or text before their end, that differ; labels there: told, and never packed."""
+def about_one_picture(prefix, own):
+    """Encoded questions with so many tokens of the picture, and of their own."""
     group = []
     for question, length in enumerate(own):
         ids = torch.cat([torch.full((prefix,), IMAGE_ID), 1000 + 100 * question + torch.arange(length)])
@@ -739,6 +734,24 @@ def test_questions_that_cannot_share(prefix, own, wrong, place, data):
         labels[-1:] = ids[-1:]
         pixels = {"pixel_values": torch.ones(2, 3), "image_sizes": torch.ones(1, 2)}
         group.append({"input_ids": ids, "labels": labels, **pixels})
+    return group
+
+
+def test_a_first_question_with_fewer_tokens_of_the_picture():
+    """Of which the others' beginning is the same."""
+    first, second = about_one_picture(2, [2, 2])
+    with pytest.raises(ValueError, match="questions that share pictures must"):
+        share_pictures([change(first, "input_ids", 1), second], IMAGE_ID, 10_000)
+
+
+@many
+@given(
+    *(st.integers(1, 40), st.lists(st.integers(2, 20), min_size=2, max_size=5), st.sampled_from(sorted(WRONG))),
+    *(st.integers(0, HUGE), st.data()),
+)
+def test_questions_that_cannot_share(prefix, own, wrong, place, data):
+    """Pictures, or text before their end, that differ; labels there: told, and never packed."""
+    group = about_one_picture(prefix, own)
     assert len(share_pictures(group, IMAGE_ID, 10_000)) == 1
     which = data.draw(st.integers(0, len(group) - 1))
     group[which] = WRONG[wrong](group[which], place, prefix)
