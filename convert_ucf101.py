@@ -25,7 +25,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -136,12 +136,17 @@ def is_cut_short(path: Path, packets: list[av.Packet]) -> bool:
     return smaller or any(packet.is_corrupt for packet in packets)
 
 
-def read_frames(path: Path, num_frames: int, count: int | None = None) -> list[Image.Image]:
+def read_frames(path: Path, num_frames: int, count: int | None = None, one_by_one: bool = False) -> list[Image.Image]:
     """The frames floor(i * count / num_frames) of a video that has `count`, whatever its header says.
 
-    The count is first taken to be the number of packets. Decoding stops after the last frame needed where each
-    packet so far has given its frame and none is suspiciously small; else all are decoded, and where their number
-    turns out to be another, the video is read again with that. Damage behind that last frame goes unnoticed.
+    The count is first taken to be the number of packets. Where each packet gives its frame at once and none is
+    suspiciously small, decoding begins anew at the keyframe before each frame needed. Else it goes from the first
+    packet on, and stops after the last frame needed where each packet so far has given its frame and none is small; or
+    else all are decoded, and where their number turns out to be another, the video is read again with that. Damage in
+    packets that are passed over goes unnoticed.
+
+    Args:
+        one_by_one: from the first packet on, wherever the keyframes are.
 
     Raises:
         ValueError, av.FFmpegError: no video stream, no frames, a packet that is damaged or cut short.
@@ -158,18 +163,48 @@ def read_frames(path: Path, num_frames: int, count: int | None = None) -> list[I
         trusted = count is not None or min(sizes, default=0) >= SMALLEST_FRAME
         count = len(sizes) if count is None else count
         indices = [number * count // num_frames for number in range(num_frames)]
+        if trusted and not one_by_one and all(packet.size for packet in packets[:count]):
+            images = read_from_keyframes(stream, packets, indices)
+            return images or read_frames(path, num_frames, one_by_one=True)
         images, decoded = {}, 0
         for fed, packet in enumerate(packets, start=1):
             for frame in packet.decode():
                 if decoded in indices:
-                    images[decoded] = Image.fromarray(frame.to_ndarray(format="rgb24"))  # faster than `to_image`
+                    images[decoded] = to_image(frame)
                 decoded += 1
             delay = int(stream.codec_context.has_b_frames)  # the decoder holds one frame back
             if trusted and decoded > indices[-1] and fed - decoded == delay:
                 return [images[index] for index in indices]
     if not decoded:
         raise ValueError("it has no frames")
-    return [images[index] for index in indices] if decoded == count else read_frames(path, num_frames, decoded)
+    return [images[index] for index in indices] if decoded == count else read_frames(path, num_frames, decoded, True)
+
+
+def read_from_keyframes(stream: Any, packets: list[av.Packet], indices: list[int]) -> list[Image.Image] | None:
+    """The frames of the packets `indices`, each decoded from the keyframe before it on.
+
+    Returns:
+        None where a packet does not give its own frame and at once, as in a video with frames that look ahead.
+    """
+    needed: set[int] = set()
+    for index in indices:
+        first = index
+        while first > 0 and first not in needed and not packets[first].is_keyframe:
+            first -= 1
+        needed.update(range(first, index + 1))
+    images = {}
+    for number in sorted(needed):
+        if number and number - 1 not in needed:
+            stream.codec_context.flush_buffers()
+        if stream.codec_context.has_b_frames or len(frames := packets[number].decode()) != 1:
+            return None
+        if number in indices:
+            images[number] = to_image(frames[0])
+    return [images[index] for index in indices]
+
+
+def to_image(frame: av.VideoFrame) -> Image.Image:
+    return Image.fromarray(frame.to_ndarray(format="rgb24"))  # faster than the frame's own `to_image`
 
 
 def convert(video: Video, out_dir: Path, num_frames: int) -> str | None:

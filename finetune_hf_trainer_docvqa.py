@@ -17,7 +17,7 @@ from typing import Any
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows, check_answers, decode_image, load_rows, number_pictures, number_questions
-from common.errors import run, say
+from common.errors import run, say, try_all
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import anls, anls_recipe, mean
@@ -48,20 +48,20 @@ def parse() -> argparse.Namespace:
 
 
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
-    default_eval = VALIDATION if options.eval_split == "validation" else MINI
-    eval_rows = load(options, options.eval_data, default_eval, "--eval_data", options.eval_split)
-    check_answers(eval_rows, questions, "evaluate on rows with answers; the official ones are --eval_split validation")
-    if options.eval_only:
-        return None, eval_rows.first(options.eval_limit)
-    train_rows = load(options, options.train_data, FULL if options.full_train else MINI, "--train_data", "train")
-    check_answers(train_rows, questions, "leave the row out", options.bad_examples)
-    return train_rows, eval_rows.first(options.eval_limit)
+    evaluated_on = VALIDATION if options.eval_split == "validation" else MINI
+    advice = "evaluate on rows with answers, as those of --eval_split validation"
+    train = (options.train_data, FULL if options.full_train else MINI, "--train_data", "train", options.bad_examples)
+    evaluation = (options.eval_data, evaluated_on, "--eval_data", options.eval_split, "stop", advice)
+    return try_all(
+        lambda: None if options.eval_only else load(options, *train),
+        lambda: load(options, *evaluation).first(options.eval_limit),
+    )
 
 
-def load(options: argparse.Namespace, given: str | None, default: str, option: str, split: str) -> Rows:
+def load(options: argparse.Namespace, given: str | None, default: str, option: str, split: str, *how: str) -> Rows:
     if options.data_dir and not given:
         given, option = options.data_dir, "--data_dir"
-    return load_rows(given or default, split, LAYOUTS, option)
+    return check_answers(load_rows(given or default, split, LAYOUTS, option), questions, *how)
 
 
 def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, check_checkpoint, load_data)

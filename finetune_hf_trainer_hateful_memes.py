@@ -22,7 +22,7 @@ from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, Rows
-from common.errors import UserError, run, say
+from common.errors import UserError, run, say, try_all
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import auroc, exact_match, mean, strip_answer
@@ -53,30 +53,30 @@ def parse() -> argparse.Namespace:
 def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
     folder = Path(options.data_dir or "")
     if options.eval_file or (options.data_dir and any((folder / one).is_file() for one in ("train.jsonl", EVAL_FILE))):
-        eval_rows = challenge_rows(folder, options.eval_file or EVAL_FILE)
-        train_rows = None if options.eval_only else challenge_rows(folder, "train.jsonl")
+        train_rows, eval_rows = try_all(
+            lambda: None if options.eval_only else challenge_rows(folder, "train.jsonl", options.bad_examples),
+            lambda: challenge_rows(folder, options.eval_file or EVAL_FILE),
+        )
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
     return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 
 
-def challenge_rows(folder: Path, name: str) -> Rows:
+def challenge_rows(folder: Path, name: str, bad_examples: str = "stop") -> Rows:
     """The challenge's files (`img/`, JSON lines of id, img, label, text), in the_cauldron's layout.
 
     The meme's `text` stays out of the prompt, as in the published recipe: the model reads it in the picture.
     """
-    records, missing = [], []
-    for number, record in data.read_json_lines(folder / name):
-        place = f"{folder / name}, line {number}"
+
+    def make_row(record: dict[str, Any], place: str) -> dict[str, Any]:
         if not isinstance(record.get("img"), str) or record.get("label") not in (0, 1):
             raise UserError(f"{place}: needs img, a path, and label, 0 or 1 (the test files without labels have none)")
         image, meme = data.path_inside(folder, record["img"], place), str(record.get("id", place))
-        missing += [] if image.is_file() else [meme]
         texts = [{"user": QUESTION, "assistant": LABELS[int(record["label"])]}]
-        records.append({"id": meme, "images": [{"bytes": None, "path": str(image)}], "texts": texts})
-    data.report_missing(folder / name, missing)
-    return data.rows_of_records(str(folder), name.removesuffix(".jsonl"), records)
+        return {"id": meme, "images": [data.cell_of(image, place, meme)], "texts": texts}
+
+    return data.rows_of_file(folder, name, make_row, bad_examples)
 
 
 def make_example(rows: Rows, index: int, generator: random.Random | None = None) -> Example:
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, check_checkpoint, load_data)

@@ -16,7 +16,7 @@ from typing import Any
 from common import data
 from common.cli import make_parser, parse_options
 from common.collation import Example, Turn
-from common.errors import UserError, run, say
+from common.errors import UserError, run, say, try_all
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import exact_match, mean
@@ -48,8 +48,10 @@ def parse() -> argparse.Namespace:
 def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]:
     folder = Path(options.data_dir or "")
     if options.eval_file or (options.data_dir and any((folder / one).is_file() for one in ("train.json", EVAL_FILE))):
-        eval_rows = original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False)
-        train_rows = None if options.eval_only else original_rows(folder, "train.json", options, by_pair=True)
+        train_rows, eval_rows = try_all(
+            lambda: None if options.eval_only else original_rows(folder, "train.json", options, by_pair=True),
+            lambda: original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False),
+        )
     else:
         rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
@@ -58,10 +60,9 @@ def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]
 
 def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair: bool) -> data.Rows:
     """An original file in the_cauldron's layout: a row per pair of pictures with all its sentences, or per sentence."""
-    rows: dict[str, dict[str, Any]] = {}
-    missing, images = [], data.ImageFinder(folder, inside=("images", "."))
-    for number, record in data.read_json_lines(folder / name):
-        place = f"{folder / name}, line {number}"
+    images = data.ImageFinder(folder, inside=("images", "."))
+
+    def make_row(record: dict[str, Any], place: str) -> dict[str, Any]:
         identifier, sentence = record.get("identifier"), record.get("sentence")
         label = LABELS.get(str(record.get("label")).lower())
         if label is None or not isinstance(sentence, str) or not isinstance(identifier, str):
@@ -70,15 +71,12 @@ def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair:
         pair, split = identifier.rpartition("-")[0], identifier.partition("-")[0]
         inner = "/".join([split, *([str(record["directory"])] if "directory" in record else []), pair])
         found = [images.find(f"{inner}-img{side}", place) for side in (0, 1)]
-        if None in found:
-            missing.append(identifier)
-            continue
-        cells = [{"bytes": None, "path": str(path)} for path in found]
-        row_id = pair if by_pair else identifier
-        row = rows.setdefault(row_id, {"id": row_id, "images": cells, "texts": []})
-        row["texts"].append({"user": QUESTION.format(sentence=sentence), "assistant": label})
-    data.report_missing(folder / name, missing, skip=options.skip_missing)
-    return data.rows_of_records(str(folder), name.removesuffix(".json"), list(rows.values()))
+        cells = [data.cell_of(path, place, identifier) for path in found]
+        texts = [{"user": QUESTION.format(sentence=sentence), "assistant": label}]
+        return {"id": pair if by_pair else identifier, "images": cells, "texts": texts}
+
+    bad_examples = options.bad_examples if by_pair else "stop"  # what is evaluated is to be whole
+    return data.rows_of_file(folder, name, make_row, bad_examples, options.skip_missing, merge=by_pair)
 
 
 def make_example(rows: data.Rows, numbers: list, index: int, generator: random.Random | None = None) -> Example:
@@ -147,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, check_checkpoint, load_data)

@@ -17,7 +17,7 @@ from common.cli import make_parser, parse_options
 from common.collation import Example
 from common.conversations import Conversations, check_lengths, load_conversations
 from common.data import ExampleDataset
-from common.errors import run, say
+from common.errors import run, say, try_all
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, longest_sequence, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
@@ -45,7 +45,8 @@ def load_data(options: argparse.Namespace) -> tuple[Conversations | None, Conver
     folder = Path(options.data_dir)
     how = {options.eval_split: "stop"}  # a bad line of what is evaluated is always an error
     how |= {} if options.eval_only else {"train": options.bad_examples}
-    loaded = [load_conversations(folder / f"ucf101_{one}.jsonl", folder / "images", bad) for one, bad in how.items()]
+    files = [(folder / f"ucf101_{one}.jsonl", folder / "images", bad) for one, bad in how.items()]
+    loaded = try_all(*(functools.partial(load_conversations, *each) for each in files))
     classes = sorted({label for one in loaded for label in labels_of(one)})
     return None if options.eval_only else loaded[1], loaded[0].first(options.eval_limit), classes
 
@@ -99,9 +100,9 @@ def main() -> None:
     processor = load_processor(options)
     examples = functools.partial(make_example, train_data)
     dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
-    preflight(dataset, processor, options)
-    for data in filter(None, (eval_data, train_data)):
-        check_lengths(data, processor, longest_sequence(options))
+    limit, checked = longest_sequence(options), filter(None, (eval_data, train_data))
+    lengths = [functools.partial(check_lengths, data, processor, limit) for data in checked]
+    try_all(lambda: preflight(dataset, processor, options), *lengths)
     model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_data, classes, options, "eval_before")
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, check_checkpoint, load_data)

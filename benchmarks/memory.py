@@ -108,7 +108,7 @@ def hold(kind: str, folder: Path) -> dict[str, Any]:
         check_lengths(data, processor, LIMIT)
     else:
         data = load_rows(str(folder), "train", docvqa.LAYOUTS, "--data_dir")
-        check_answers(data, docvqa.questions, "")
+        check_answers(data, docvqa.questions)
         options = SimpleNamespace(all_questions=False, share_images=kind == "sharing", seed=0)
         dataset = docvqa.training_set(data, processor, options)
     batches = GlobalBatchSampler(len(dataset), 64, 1, 0, 1, 0)

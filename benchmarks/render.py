@@ -230,12 +230,16 @@ def converter(folder: Path) -> str:
     result = read(folder, "convert_cpu.json")
     if result is None:
         return text + f"`python -m benchmarks.convert`: {NOT_MEASURED}.\n"
-    faster = result[f"times_as_fast_{result['num_workers']}_workers"]
-    rows = [
-        [way, f"{figures['median']:.1f}", in_words(faster[way]) if way in faster else ""]
-        for way, figures in result["videos_per_second"].items()
-    ]
-    names = ["way", "videos/s", f"ours with {result['num_workers']} workers is faster by"]
+    rows = []
+    for kind in result["kinds"]:
+        faster = kind[f"times_as_fast_{result['num_workers']}_workers"]
+        longest = max(1, kind["videos"]["frames"] // kind["videos"]["count"])
+        every = kind["keyframe_every"]
+        keyframes = f"every {every} frames" if every < longest else "the first frame alone"
+        for way, figures in kind["videos_per_second"].items():
+            ratio = in_words(faster[way]) if way in faster else ""
+            rows.append([keyframes, way, f"{figures['median']:.1f}", ratio])
+    names = ["keyframes", "way", "videos/s", f"ours with {result['num_workers']} workers is faster by"]
     return f"{text}{machine_line(result)}\n{markdown(names, rows)}"
 
 

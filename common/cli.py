@@ -11,8 +11,9 @@ import contextlib
 import functools
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
-from .errors import UserError, is_first_process, note_options, raise_all
+from .errors import OptionsError, UserError, is_first_process, note_options, raise_all
 from .facts import RUN_FACTS, note_origins
 from .launcher import launcher
 from .model_card import push_problems
@@ -254,6 +255,7 @@ def parse_options(
     parser.error = _raise_user_error
     for kind in (int, float):
         parser.register("type", kind, functools.partial(_read_number, kind))
+    choices = _leave_choices_unchecked(parser)
     options, unknown = parser.parse_known_args()
     problems = [f"{' '.join(unknown)}: there is no such option (--help lists them)"] if unknown else []
     for name, value in vars(options).items():
@@ -262,6 +264,9 @@ def parse_options(
             setattr(options, name, parser.get_default(name))  # so that the other options can be checked
         elif name in PATHS and value == "":
             problems.append(f"--{name} is given and empty: name something, or leave the option out")
+        elif value is not None and value not in choices.get(name, [value]):
+            problems.append(f"--{name} {value}: it is one of {', '.join(choices[name])}")
+            setattr(options, name, parser.get_default(name))
     options.use_lora = options.use_lora or options.use_qlora
     if options.use_flash_attention and flash_attention_implies_bf16:
         options.bf16 = True
@@ -278,7 +283,7 @@ def parse_options(
     problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     problems += push_problems(options.push_to_hub)
-    raise_all(problems)
+    _raise_options_error(problems, options, parser)
     note_origins(options, parser)
     at_once = options.num_processes * options.batch_size_per_gpu
     options.accumulation = None if options.packs else options.batch_size // at_once
@@ -298,6 +303,30 @@ def parse_options(
 def _raise_user_error(message: str) -> NoReturn:
     """Instead of argparse's own way out, which prints the whole usage, once for every process."""
     raise UserError(f"{message} (--help lists the options)")
+
+
+def _leave_choices_unchecked(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """The options' choices, which argparse is made to show but not to check: its own error would be the only one."""
+    choices = {}
+    for action in parser._actions:
+        if action.choices is not None:
+            choices[action.dest] = list(action.choices)
+            action.metavar = action.metavar or "{" + ",".join(action.choices) + "}"
+            action.choices = None
+    return choices
+
+
+def _raise_options_error(problems: Sequence[str], options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise what is wrong, if anything is, with the options that later checks need; wrong ones have their default."""
+    try:
+        raise_all(problems)
+    except UserError as error:
+        named = {name for problem in problems for name in re.findall(r"--(\w+)", problem)}
+        for name in named.intersection(vars(options), (*SOURCES, "revision", "eval_file", "eval_limit")):
+            setattr(options, name, parser.get_default(name))
+        raised = OptionsError(str(error), problems=error.problems)
+        raised.options = options
+        raise raised from None
 
 
 class _NoNumber(str):

@@ -26,11 +26,10 @@ import torch
 
 from .collation import Example, Turn, encode_example
 from .data import decode_image, one_line, open_header, parse_line, path_inside, readable
-from .errors import UserError, raise_all
+from .errors import MOST_PROBLEMS, UserError, raise_all
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import CROP, plan_layout
 
-MOST_PROBLEMS = 20  # in one message
 TURN_FIELDS = ("images", "user", "assistant")
 # What the tokenizer or the processor would not take as text: tags of images, marks of the chat template and of the
 # beginning and end of a text, also where they are meant as HTML's.
@@ -225,7 +224,7 @@ def load_conversations(path: str | Path, image_dir: str | Path, bad_examples: st
 
 
 def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> None:
-    """Check, before training, that every conversation can be encoded and is not too long for the model.
+    """Check, on every process alike, that every conversation can be encoded and is not too long for the model.
 
     Where bad lines are left out, training leaves these out too, and nothing is checked.
 
@@ -236,7 +235,8 @@ def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) ->
         UserError: with the file and line of every fault (the first 20 of them).
     """
     if data.faults is None:
-        _raise_first([problem for _, problem in measure_lengths(data, processor, limit) if problem])
+        problems = [problem for _, problem in measure_lengths(data, processor, limit) if problem]
+        _raise_first(problems, everywhere=True)
 
 
 def counting_processor(processor: Phi3VProcessor) -> Phi3VProcessor:
@@ -267,13 +267,18 @@ def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) 
     return measured
 
 
-def _raise_first(problems: list[str]) -> None:
+def _raise_first(problems: list[str], everywhere: bool = False) -> None:
     if len(problems) > MOST_PROBLEMS:
         raise UserError(
             f"{len(problems)} problems (python -m tools.check_data lists all), the first {MOST_PROBLEMS} of them:\n"
-            + "\n".join(f"  - {problem}" for problem in problems[:MOST_PROBLEMS])
+            + "\n".join(f"  - {problem}" for problem in problems[:MOST_PROBLEMS]),
+            everywhere,
+            [
+                *problems[:MOST_PROBLEMS],
+                f"and {len(problems) - MOST_PROBLEMS} more: python -m tools.check_data lists all",
+            ],
         )
-    raise_all(problems)
+    raise_all(problems, everywhere)
 
 
 def read_lines(path: Path, image_dir: Path) -> list[Line]:

@@ -17,9 +17,9 @@ import random
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,13 +31,14 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from .collation import Example, Turn, encode_questions
-from .errors import UserError, is_first_process
+from .errors import UserError, about_to_fetch, first_of, is_first_process, raise_all, try_all
 from .phi3v import Phi3VProcessor
 
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as JSON writes it
 PICTURE = {"bytes", "path"}  # the fields of a picture's cell
+FAULT = "fault"  # of a bad line, beside the fields of a row
 MAX_NAME = 255  # bytes in a part of a path, on every common file system
 
 # What PIL warns of, `open_header` refuses.
@@ -51,6 +52,7 @@ class Rows:
     Attributes:
         folders: where pictures may lie that are files of their own.
         numbers: of some rows of a split, which they are; None: all.
+        faults: what is wrong with bad rows, by their numbers in the split.
     """
 
     source: str
@@ -58,6 +60,7 @@ class Rows:
     table: datasets.Dataset
     folders: tuple[Path, ...]
     numbers: tuple[int, ...] | None = None
+    faults: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -66,8 +69,11 @@ class Rows:
         """A row.
 
         Raises:
-            UserError: no question, no pictures, or a picture's path that leaves the folders.
+            UserError: a bad row, no question, no pictures, or a picture's path that leaves the folders.
         """
+        fault = self.faults.get(index if self.numbers is None else self.numbers[index])
+        if fault is not None:
+            raise UserError(fault)
         row = self.table[index]
         if not _asks(row):
             raise UserError(f"{self.place(index)}: there is no question, or one without text")
@@ -226,6 +232,7 @@ def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:
     named, _, revision = source.partition("@")
     if source.startswith((".", "/", "~")) or named.count("/") > 1:
         raise UserError(f"{option} {source}: there is no such file or folder; give one, or a hub id")
+    about_to_fetch()
     name, _, configuration = named.partition(":")
     try:
         return _load_split(name, configuration or None, split, revision or None)
@@ -346,28 +353,36 @@ def decode_image(cell: Any, place: str) -> Image.Image:
 
 
 def check_answers(
-    rows: Rows, questions_of: Callable[[dict[str, Any]], Sequence[Any]], advice: str, bad_examples: str = "stop"
-) -> None:
+    rows: Rows,
+    questions_of: Callable[[dict[str, Any]], Sequence[Any]],
+    bad_examples: str = "stop",
+    advice: str = "leave the row out",
+) -> Rows:
     """Check, without decoding an image, that every row has answers, before hours depend on it.
 
     Args:
         questions_of: a row without its image columns -> its questions, each with its accepted answers.
-        advice: what to do, for the message.
         bad_examples: with "skip" nothing is checked here: an example without an answer is left out in training.
+        advice: what to do, for the message.
+
+    Returns:
+        The same rows.
 
     Raises:
-        UserError: with the place of the first row without answers, or with fields of other types.
+        UserError: with the places of rows without answers, or with fields of other types (the first 20 of them).
     """
     if bad_examples == "skip":
-        return
+        return rows
+    problems = []
     for index, row in enumerate(rows.without_images()):
         try:
             questions = questions_of(row)
-            answered = bool(questions) and all(accepted and all(accepted) for _, accepted in questions)
+            if not questions or not all(accepted and all(accepted) for _, accepted in questions):
+                problems.append(f"{rows.place(index)} has no answer: {advice}")
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})") from error
-        if not answered:
-            raise UserError(f"{rows.place(index)} has no answer: {advice}")
+            problems.append(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})")
+    raise_all(first_of(problems))
+    return rows
 
 
 def with_answers(train_rows: Rows | None, eval_rows: Rows, options: argparse.Namespace) -> tuple[Rows | None, Rows]:
@@ -381,9 +396,11 @@ def with_answers(train_rows: Rows | None, eval_rows: Rows, options: argparse.Nam
     def questions(row: dict[str, Any]) -> list[tuple[str, list[str]]]:
         return [(text["user"], [text["assistant"]]) for text in row["texts"]]
 
-    check_answers(eval_rows, questions, "evaluate on rows with answers")
-    if train_rows is not None:
-        check_answers(train_rows, questions, "leave the row out", options.bad_examples)
+    def check_train_rows() -> None:
+        if train_rows is not None:
+            check_answers(train_rows, questions, options.bad_examples)
+
+    try_all(lambda: check_answers(eval_rows, questions, advice="evaluate on rows with answers"), check_train_rows)
     return train_rows, eval_rows
 
 
@@ -477,36 +494,90 @@ def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The dictionaries of a file with one JSON value per line, with their line numbers; empty lines are passed over.
+class ImageMissingError(UserError):
+    """An image of an example is missing."""
+
+    def __init__(self, place: str, example: str) -> None:
+        super().__init__(f"{place}: {example}: its image is missing")
+        self.example = example
+
+
+def cell_of(path: Path | None, place: str, example: str) -> dict[str, Any]:
+    """What stands in a row for the picture of a file.
 
     Raises:
-        UserError: no such file, or a line that `parse_line` refuses, with file and line.
+        ImageMissingError: there is no such file.
     """
-    records = []
+    if path is None or not path.is_file():
+        raise ImageMissingError(place, example)
+    return {"bytes": None, "path": str(path)}
+
+
+def rows_of_file(
+    folder: Path,
+    name: str,
+    make_row: Callable[[dict[str, Any], str], dict[str, Any]],
+    bad_examples: str = "stop",
+    skip_missing: bool | None = None,
+    merge: bool = False,
+) -> Rows:
+    """The rows of a file with one JSON value per line; empty lines are passed over.
+
+    Args:
+        folder: with the data.
+        name: of the file in it.
+        make_row: (a line's dictionary, file and line for messages) -> a row in the_cauldron's layout, with an `id`.
+        bad_examples: with "skip" a bad line is an example that cannot be made, which training leaves out.
+        skip_missing: whether lines whose images are missing make no rows; None where that is not offered.
+        merge: lines of the same `id` make one row, with the `texts` of all.
+
+    Raises:
+        UserError: no such file; lines that `parse_line` or `make_row` refuse, with file and line, and examples whose
+            images are missing (the first 20 of them), unless they are left out; no rows.
+    """
+    path = folder / name
+    problems, missing = [], []
+    rows: dict[Any, dict[str, Any]] = {}
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                record, problem = parse_line(line)
-                if record is None:
-                    raise UserError(f"{path}, line {number}: {problem}")
-                records.append((number, record))
+                place = f"{path}, line {number}"
+                try:
+                    record, problem = parse_line(line)
+                    if record is None:
+                        raise UserError(f"{place}: {problem}")
+                    row = make_row(record, place)
+                except UserError as error:
+                    if isinstance(error, ImageMissingError) and (skip_missing or bad_examples == "stop"):
+                        missing.append(error.example)
+                        continue
+                    problems.append(str(error))
+                    row = {"id": place, "images": [], "texts": [], FAULT: str(error)}
+                row_id = row["id"] if merge else number
+                if row_id in rows:
+                    rows[row_id]["texts"] += row["texts"]
+                else:
+                    rows[row_id] = row
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return records
+    found = problems if bad_examples == "stop" else []
+    try_all(lambda: raise_all(first_of(found)), lambda: report_missing(path, missing, skip_missing))
+    return rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
 
 
 def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) -> Rows:
-    """Rows made of dictionaries, in which a picture is `{"bytes": None, "path": …}`.
+    """Rows made of dictionaries, in which a picture is `{"bytes": None, "path": …}`; those that hold a fault are bad.
 
     Raises:
         UserError: where there are none.
     """
     if not records:
         raise UserError(f"{source}, split {split}, is empty")
-    return Rows(source, split, datasets.Dataset.from_list(list(records)), (Path(source),))
+    faults = {number: record[FAULT] for number, record in enumerate(records) if FAULT in record}
+    kept = [{name: value for name, value in record.items() if name != FAULT} for record in records]
+    return Rows(source, split, datasets.Dataset.from_list(kept), (Path(source),), faults=faults)
 
 
 def path_inside(folder: Path, name: str, place: str) -> Path:

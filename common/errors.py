@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +30,12 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|killed by signal: Killed",
     re.IGNORECASE,
 )
+MOST_PROBLEMS = 20  # of examples, in one message
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _options: argparse.Namespace | None = None
 _undo: Callable[[], None] | None = None
+_fetches = True
 
 
 class UserError(ValueError):
@@ -43,13 +46,29 @@ class UserError(ValueError):
 
     Args:
         everywhere: raised on every process alike, so that the first one tells.
+        problems: where the message lists several, each of them.
     """
 
-    def __init__(self, message: str, everywhere: bool = False) -> None:
+    def __init__(self, message: str, everywhere: bool = False, problems: Sequence[str] = ()) -> None:
         prefix = f"{type(self).__module__}.{type(self).__name__}: "
         lines = message.strip().splitlines() or [""]
         super().__init__(lines[-1].removeprefix(prefix) if prefix in message else message)
         self.everywhere = everywhere
+        self.problems = tuple(problems) or (str(self),)
+
+
+class OptionsError(UserError):
+    """What is wrong with the options; those that checks of the checkpoint and the data need are in `options`."""
+
+    options: argparse.Namespace
+
+
+class NotLookedAtError(UserError):
+    """Something would have to be fetched, while something else is known to be wrong; no problem by itself."""
+
+    def __init__(self) -> None:
+        super().__init__("not looked at")
+        self.problems = ()
 
 
 class NotWrittenError(OSError):
@@ -83,10 +102,29 @@ def raise_all(problems: Sequence[str], everywhere: bool = False) -> None:
     if len(problems) == 1:
         raise UserError(problems[0], everywhere)
     listed = "\n".join(f"  - {problem}" for problem in problems)
-    raise UserError(f"{len(problems)} problems:\n{listed}", everywhere)
+    raise UserError(f"{len(problems)} problems:\n{listed}", everywhere, problems)
 
 
-def first_of(problems: list[str], most: int) -> list[str]:
+def try_all(*calls: Callable[[], Any]) -> tuple[Any, ...]:
+    """What each call returns.
+
+    Raises:
+        UserError: with the problems of all calls that raise one.
+    """
+    returned, raised = [], []
+    for call in calls:
+        try:
+            returned.append(call())
+        except UserError as error:
+            raised.append(error)
+    problems = dict.fromkeys(problem for error in raised for problem in error.problems)
+    if raised and not problems:
+        raise raised[0]
+    raise_all(list(problems), everywhere=all(error.everywhere for error in raised))
+    return tuple(returned)
+
+
+def first_of(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
     """The first problems of many examples, and a line for how many more there are."""
     more = len(problems) - most
     return problems[:most] + ([f"and {more} more examples"] if more > 0 else [])
@@ -104,13 +142,28 @@ def undo_on_failure(undo: Callable[[], None]) -> None:
     _undo = undo
 
 
-def run(main: Callable[[], None]) -> None:
+def about_to_fetch() -> None:
+    """Called before anything is fetched from a hub.
+
+    Raises:
+        NotLookedAtError: while something is known to be wrong, which is told before minutes go by.
+    """
+    if not _fetches:
+        raise NotLookedAtError
+
+
+def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) -> None:
     """Run a script's `main`; torchrun's summary shows the error that came first, of whichever process.
 
     A `UserError` ends the script with exit code 2 and its message alone; so does a `NotWrittenError` that nothing
     else was done about. Until the processes are joined all of a node's find the same fault and its first one tells;
     later the one that found it does.
     Where memory runs out, what to change is said below the traceback.
+
+    Args:
+        checks: functions of the options that `main` calls in this order, once they are parsed, and that raise a
+            `UserError` for what they find. Where the options are wrong, or one of these raises, the later ones are
+            asked, too, so that all is told at once; of what they would fetch nothing is.
     """
 
     def main_or_undo() -> None:
@@ -130,6 +183,7 @@ def run(main: Callable[[], None]) -> None:
             if isinstance(error, NotWrittenError):
                 remedy = "see that there is room on that disk and that it works, then start the same command again"
                 error = UserError(f"{error}: {remedy}", everywhere=True)
+            error = _with_later_problems(error, checks)
             if _tells(error):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             _end(str(error), 2)
@@ -145,6 +199,31 @@ def run(main: Callable[[], None]) -> None:
             raise
 
     guarded()
+
+
+def _with_later_problems(error: UserError, checks: Sequence[Callable[[argparse.Namespace], Any]]) -> UserError:
+    """The same error, with what those of the checks find that come after the one that raised it."""
+    global _fetches
+    raised_in = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    begun = [number for number, check in enumerate(checks, start=1) if check.__code__ in raised_in]
+    options = error.options if isinstance(error, OptionsError) else _options
+    if not begun and not isinstance(error, OptionsError):
+        return error  # of another step
+    problems = list(error.problems)
+    _fetches = False
+    for check in checks[max(begun, default=0) :]:
+        try:
+            check(options)
+        except UserError as later:
+            problems += later.problems
+        except Exception:  # which comes of what is wrong already
+            continue
+    _fetches = True
+    try:
+        raise_all(list(dict.fromkeys(problems)), error.everywhere)
+    except UserError as whole:
+        return whole
+    return error
 
 
 def _tells(error: UserError) -> bool:

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
 from .data import one_line
-from .errors import UserError, is_out_of_memory
+from .errors import UserError, about_to_fetch, is_out_of_memory
 from .files import read_json
 from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -156,6 +156,8 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path | None:
     Raises:
         UserError: nothing there, or a checkpoint of another model type.
     """
+    if not Path(name_or_path).exists():
+        about_to_fetch()
     try:
         hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         adapter = find_file(name_or_path, "adapter_config.json", **hub)

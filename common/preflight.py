@@ -20,7 +20,7 @@ from transformers import set_seed
 from .checkpoints import checkpoints_in, step_of
 from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
-from .conversations import MOST_PROBLEMS, counting_processor
+from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import UserError, first_of, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE
@@ -75,7 +75,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         if options.bad_examples == "skip":
             facts += [f"{len(found)} of them bad"] if found else []
         else:
-            shared += first_of(found, MOST_PROBLEMS)
+            shared += first_of(found)
     if options.device.type == "cuda":
         own += memory_problems(options, config, longest, facts)
     if dataset is not None and is_first_process():

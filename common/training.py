@@ -49,7 +49,16 @@ from .checkpoints import (
 from .cli import LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
-from .errors import NotWrittenError, UserError, is_first_process, rank_and_world, say, undo_on_failure
+from .errors import (
+    NotWrittenError,
+    UserError,
+    first_of,
+    is_first_process,
+    raise_all,
+    rank_and_world,
+    say,
+    undo_on_failure,
+)
 from .facts import RUN_FACTS, describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .launcher import launcher
@@ -620,13 +629,17 @@ def measure_for_packs(
         dataset: gets what `make_batches` needs.
 
     Raises:
-        UserError: an example that cannot be made or that is too long, unless such are left out; one with more than
-            `--max_tokens_per_gpu`.
+        UserError: an example that cannot be made or that is too long, unless such are left out and they are no more
+            than `--max_bad_fraction`; one with more than `--max_tokens_per_gpu`.
     """
     dataset.max_tokens, dataset.skips_bad = config.max_position_embeddings, options.bad_examples == "skip"
     threshold, epochs = config.original_max_position_embeddings, _epochs(len(dataset), options)
     rank, world = rank_and_world()
     questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm)
+    bad = [problem.text for problem in questions.problems]
+    if len(bad) > options.max_bad_fraction * len(dataset):
+        most = f"more than --max_bad_fraction {options.max_bad_fraction:g} allows: mend them, or allow more"
+        raise_all([f"{len(bad)} of {len(dataset)} examples are bad, {most}", *first_of(bad)], everywhere=True)
     if options.max_tokens_per_gpu is not None:
         check_fits(questions, options.max_tokens_per_gpu)
     dataset.measured = epochs, questions

@@ -1,5 +1,6 @@
 """The options: the published names and defaults, and every wrong value reported at once."""
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -17,7 +18,7 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from common import cli, errors
 from common.cli import OPTIMIZERS, PART_LEARNING_RATES
-from common.errors import UserError, run
+from common.errors import OptionsError, UserError, about_to_fetch, raise_all, run, try_all
 
 ROOT = Path(docvqa.__file__).parent
 SCRIPTS = (docvqa, hateful_memes, nlvr2, ucf101)
@@ -192,7 +193,7 @@ WRONG = [
     (("--resume", "later"), "--resume later: it is auto, never, or the folder of a checkpoint, and there is none"),
     (("--resume", ".", "--overwrite"), "goes on with a run, and --overwrite begins anew: leave one of them out"),
     (("--dry_run", "--eval_only"), "--dry_run tries out training, and --eval_only leaves it out"),
-    (("--optim", "sgd"), "argument --optim: invalid choice: 'sgd'"),
+    (("--optim", "sgd"), "--optim sgd: it is one of adamw_torch, adamw_torch_fused"),
     (
         ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero2_offload.json"),
         "--optim adamw_8bit does not go with",
@@ -202,7 +203,7 @@ WRONG = [
         ("--revision", "v1", "--model_name_or_path", "."),
         "--revision v1 is of a hub id, and . is a folder: leave it out",
     ),
-    (("--gradient_checkpointing", "some"), "argument --gradient_checkpointing: invalid choice: 'some'"),
+    (("--gradient_checkpointing", "some"), "--gradient_checkpointing some: it is one of none, selective, full"),
 ]
 
 
@@ -394,6 +395,85 @@ def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(fails)
     assert capsys.readouterr().err == "error: what is wrong\n"  # later, nobody else has
+
+
+def told_by(capsys, main, *checks):
+    """What a script tells that has these steps, line by line."""
+    with pytest.raises(SystemExit) as ended:
+        run(main, *checks)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_options_checkpoint_and_data_are_told_at_once(capsys, monkeypatch):
+    """What comes after the step that raises is asked, too; nothing is fetched then, and nothing told twice."""
+    options = argparse.Namespace()
+    monkeypatch.setattr(errors, "_options", options)
+    asked = []
+
+    def fetches(given):
+        asked.append(("fetches", given is options))
+        about_to_fetch()
+        raise UserError("fetched")
+
+    def finds(given):
+        asked.append(("finds", given is options))
+        raise_all(["no weights", "--b 2"])
+
+    def breaks(given):
+        asked.append(("breaks", given is options))
+        raise KeyError("a consequence")
+
+    def finds_another(given):
+        asked.append(("finds_another", given is options))
+        raise UserError("no row 3")
+
+    def wrong_options():
+        error = OptionsError("--a 1\n--b 2", problems=["--a 1", "--b 2"])
+        error.options = options
+        raise error
+
+    checks = (fetches, finds, breaks, finds_another)
+    listed = ["error: 4 problems:", "  - --a 1", "  - --b 2", "  - no weights", "  - no row 3"]
+    assert told_by(capsys, wrong_options, *checks) == listed
+    assert asked == [(check.__name__, True) for check in checks]
+    asked.clear()
+    listed = ["error: 3 problems:", "  - no weights", "  - --b 2", "  - no row 3"]
+    assert told_by(capsys, lambda: finds(options), *checks) == listed
+    assert [name for name, _ in asked] == ["finds", "breaks", "finds_another"]
+    assert told_by(capsys, lambda: fetches(options), finds_another, fetches) == ["error: fetched"]
+
+    def later_step():
+        raise UserError("a later step")
+
+    asked.clear()
+    assert told_by(capsys, later_step, *checks) == ["error: a later step"]
+    assert asked == []
+
+
+def test_all_of_several_steps_are_told(capsys):
+    assert try_all(lambda: 1, lambda: None) == (1, None)
+
+    def finds(*problems, everywhere):
+        return lambda: raise_all(problems, everywhere)
+
+    with pytest.raises(UserError) as error:
+        try_all(finds("a", "b", everywhere=True), lambda: 1, finds("b", "c", everywhere=True))
+    assert (error.value.problems, error.value.everywhere) == (("a", "b", "c"), True)
+    with pytest.raises(UserError) as error:
+        try_all(finds("a", everywhere=True), finds("a", everywhere=False))
+    assert (str(error.value), error.value.everywhere) == ("a", False)
+
+
+def test_options_for_later_checks(monkeypatch, tmp_path):
+    """What names data or a checkpoint and is wrong has its default; the rest is as given."""
+    with pytest.raises(OptionsError) as error:
+        parse(
+            monkeypatch, tmp_path, "--data_dir", "/no/such", "--optim", "sgd", "--num_crops", 99, "--seed", 7, "--huh"
+        )
+    assert len(error.value.problems) == 4
+    options = error.value.options
+    assert (options.data_dir, options.seed, options.output_dir) == (None, 7, tmp_path / "out")
 
 
 def test_what_is_undone_when_a_script_fails(monkeypatch):

@@ -39,13 +39,16 @@ def number_of(image):
     return sum(int(level > 127) << bit for bit, level in enumerate(stripes))
 
 
-def make_video(frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", placeholders_at=(), padding=0):
+def make_video(
+    frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", placeholders_at=(), padding=0, keys=None
+):
     """The bytes of a video of numbered frames.
 
     Args:
         steps: how many 25ths of a second each frame is shown, over and over again.
         placeholders_at: before which packets a packet stands that holds a frame's place, but none.
         padding: of such a packet, in bytes.
+        keys: every how many frames a keyframe stands; None: where the encoder wants one.
     """
     content = io.BytesIO()
     with av.open(content, "w", format=container) as output:
@@ -54,6 +57,9 @@ def make_video(frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", p
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 25)
         stream.codec_context.max_b_frames = b_frames
+        if keys is not None:
+            stream.codec_context.gop_size = keys
+            stream.codec_context.options = {"sc_threshold": "1000000000"}  # none where the scene changes
         stream.codec_context.thread_count = 4  # a frame's slices, and so its bytes, on any number of cores
         packets, moment = [], 0
         for number in range(frames):
@@ -233,7 +239,14 @@ KINDS = {
     "variable_rate_b_frames": {"steps": (2, 1), "b_frames": 2},
     "variable_rate_matroska": {"steps": (1, 5), "container": "matroska"},
     "placeholders": {"placeholders_at": (2, 3, 7, 28)},
-    "large_placeholders": {"placeholders_at": (2, 3, 20), "padding": 100},
+    "large_placeholders": {"placeholders_at": (2, 3, 20), "padding": 100, "keys": 1000},
+    "one_keyframe": {"keys": 1000},
+    "many_keyframes": {"keys": 5},
+    "h264": {"codec": "libx264"},
+    "h264_one_keyframe": {"codec": "libx264", "keys": 1000},
+    "h264_b_frames": {"codec": "libx264", "b_frames": 2},
+    "h264_b_frames_matroska": {"codec": "libx264", "b_frames": 2, "container": "matroska"},
+    "mpeg2": {"codec": "mpeg2video", "container": "matroska"},
     "placeholder_behind_the_last_frame_needed": {"placeholders_at": (28,)},
 }
 
@@ -282,12 +295,25 @@ def test_num_frames(tmp_path, num_frames):
 @pytest.mark.parametrize("frames", [16, 150])
 def test_decoding_stops_after_the_last_frame_needed(tmp_path, monkeypatch, frames, b_frames):
     path = tmp_path / "v.avi"
-    path.write_bytes(make_video(frames, b_frames=b_frames))
+    path.write_bytes(make_video(frames, b_frames=b_frames, keys=1000))
+    delay = int(b_frames > 0)
+    assert decoded_packets(path, monkeypatch) == 7 * frames // 8 + 1 + delay
+
+
+@pytest.mark.parametrize(("keys", "number"), [(1, 8), (5, 8), (8, 24), (1000, 141)])
+def test_packets_before_a_keyframe_are_passed_over(tmp_path, monkeypatch, keys, number):
+    path = tmp_path / "v.avi"
+    path.write_bytes(make_video(160, keys=keys))  # the frames 0, 20, 40, ..., 140
+    assert decoded_packets(path, monkeypatch) == number
+
+
+def decoded_packets(path, monkeypatch):
     shown = []
     monkeypatch.setattr(convert_ucf101.av, "open", lambda name: Watched(av_open(name), shown))
-    convert_ucf101.read_frames(path, 8)
-    delay = int(b_frames > 0)
-    assert len(shown) == 7 * frames // 8 + 1 + delay
+    images = convert_ucf101.read_frames(path, 8)
+    monkeypatch.undo()
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in naive(path)]
+    return len(shown)
 
 
 av_open = av.open
@@ -311,7 +337,8 @@ class Watched:
 
 class WatchedPacket:
     def __init__(self, packet, shown):
-        self.packet, self.shown, self.size, self.is_corrupt = packet, shown, packet.size, packet.is_corrupt
+        self.packet, self.shown = packet, shown
+        self.size, self.is_corrupt, self.is_keyframe = packet.size, packet.is_corrupt, packet.is_keyframe
 
     def decode(self):
         self.shown.append(self.packet)

@@ -15,6 +15,7 @@ from common.data import (
     ExampleDataset,
     ExampleKey,
     ImageFinder,
+    cell_of,
     check_answers,
     decode_image,
     gather_in_order,
@@ -25,8 +26,8 @@ from common.data import (
     open_pixels,
     opening_images_by,
     path_inside,
-    read_json_lines,
     report_missing,
+    rows_of_file,
     rows_of_records,
 )
 from common.errors import UserError
@@ -164,8 +165,8 @@ def test_row_without_answers(tmp_path, answers):
     rows = [{**row, "answers": answers if k == 1 else ["a"]} for k, row in enumerate(mini(3))]
     datasets.Dataset.from_list(rows, features=mini(1).features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="split train, row 1 has no answer: leave it out"):
-        check_answers(load(tmp_path), docvqa.questions, "leave it out")
-    check_answers(load(tmp_path).select([0, 2]), docvqa.questions, "leave it out")
+        check_answers(load(tmp_path), docvqa.questions, advice="leave it out")
+    check_answers(load(tmp_path).select([0, 2]), docvqa.questions, advice="leave it out")
 
 
 def test_unknown_columns(tmp_path):
@@ -355,7 +356,7 @@ def test_fields_of_other_types(tmp_path):
     features["query"] = datasets.Value("string")
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"split train, row 0 has not the fields of its layout \("):
-        check_answers(load(tmp_path), docvqa.questions, "leave it out")
+        check_answers(load(tmp_path), docvqa.questions, advice="leave it out")
 
 
 @pytest.mark.parametrize(("answers", "kind"), [("4821", "string"), ([1988], "int64")])
@@ -598,6 +599,80 @@ def test_postscript_is_not_run(monkeypatch):
 
 
 # Lines of JSON
+
+
+def read_json_lines(path):
+    """The lines' dictionaries, with their numbers."""
+    records = []
+
+    def make_row(record, place):
+        records.append((int(place.rpartition(" ")[2]), record))
+        return {"id": place, "images": [], "texts": []}
+
+    rows_of_file(path.parent, path.name, make_row)
+    return records
+
+
+def texts_of(record, place):
+    """A row of a line that holds its own `id` and `text`; those of absent pictures have `image` false."""
+    if "text" not in record:
+        raise UserError(f"{place}: needs text")
+    cell = cell_of(Path(place.partition(", line")[0]) if record.get("image", True) else None, place, record["id"])
+    return {"id": record["id"], "images": [cell], "texts": [{"user": record["text"], "assistant": "yes"}]}
+
+
+BAD_LINES = '{"id": "a", "text": "1"}\n{broken\n{"id": "b", "text": "2", "image": false}\n\n{"id": "c"}\n'
+BAD_LINES += '{"id": "a", "text": "3"}\n'
+
+
+def test_all_bad_lines_of_a_file_are_told_at_once(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(BAD_LINES)
+    with pytest.raises(UserError) as error:
+        rows_of_file(tmp_path, "train.json", texts_of, skip_missing=False)
+    broken, needs, missing = error.value.problems
+    assert broken.startswith(f"{path}, line 2: no JSON in UTF-8")
+    assert needs == f"{path}, line 5: needs text"
+    assert missing.startswith(f"there are 1 examples of {path} whose images are missing: b; fetch the images again, or")
+    path.write_text("{broken\n" * 25)
+    with pytest.raises(UserError) as error:
+        rows_of_file(tmp_path, "train.json", texts_of)
+    assert len(error.value.problems) == 21
+    assert error.value.problems[-1] == "and 5 more examples"
+
+
+@pytest.mark.parametrize("skip_missing", [None, True])
+def test_bad_lines_of_a_file_are_left_out(tmp_path, capsys, skip_missing):
+    """Each is an example that cannot be made, wherever its row stands among those that are chosen."""
+    path = tmp_path / "train.json"
+    path.write_text(BAD_LINES)
+    rows = rows_of_file(tmp_path, "train.json", texts_of, "skip", skip_missing)
+    texts = []
+    for index in range(len(rows)):
+        try:
+            texts.append(rows[index]["texts"][0]["user"])
+        except UserError as error:
+            texts.append(str(error).partition(": ")[0].removeprefix(f"{path}, "))
+    missing = [] if skip_missing else ["line 3"]
+    assert texts == ["1", "line 2", *missing, "line 5", "3"]
+    assert ("left out 1 examples" in capsys.readouterr().out) == bool(skip_missing)
+    with pytest.raises(UserError, match="line 5: needs text"):
+        rows.select([len(rows) - 1, len(rows) - 2])[1]
+    assert number_questions(rows, each=True) == [(index, 0) for index in range(len(rows))]
+    numbers = number_pictures(rows)
+    assert numbers[0] == numbers[-1]
+    assert all(number != numbers[0] for number in numbers[1:-1])
+
+
+def test_lines_of_one_id_make_one_row(tmp_path):
+    (tmp_path / "train.json").write_text(
+        '{"id": "a", "text": "1"}\n{"id": "b", "text": "2"}\n{"id": "a", "text": "3"}\n'
+    )
+    of_rows = [
+        [[text["user"] for text in row["texts"]] for row in rows_of_file(tmp_path, "train.json", texts_of, merge=merge)]
+        for merge in (False, True)
+    ]
+    assert of_rows == [[["1"], ["2"], ["3"]], [["1", "3"], ["2"]]]
 
 
 def test_lines_that_mean_two_things(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,11 +22,12 @@ from common.cli import LOCK, make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
-from common.errors import UserError
+from common.errors import MOST_PROBLEMS, UserError
 from common.loading import load_model, load_processor, prepare_for_training
 from common.phi3v import Phi3VConfig
 from common.training import write_model
 from tests.launch import REPOSITORY, free_port, run_script
+from tests.model_helpers import write_stand_in_checkpoint
 
 METHODS = {
     "full": (),
@@ -307,7 +309,7 @@ def test_bad_examples_that_are_skipped_are_counted(tmp_path, capsys):
 
 def test_of_many_bad_examples_some_are_told(tmp_path):
     told = problem_of(dataset_of(60, broken=range(60)), options_of(tmp_path))
-    assert told.count("cannot be decoded") == preflight.MOST_PROBLEMS
+    assert told.count("cannot be decoded") == MOST_PROBLEMS
     assert told.endswith("  - and 40 more examples")
 
 
@@ -510,6 +512,51 @@ def test_the_shrunk_model_is_of_the_same_kind():
     assert small.rope_parameters == OFFICIAL.rope_parameters
     weights = memory.count_weights(small.to_json_string(use_diff=False), "full", 1, 2)
     assert sum(weights.trained) + weights.frozen < 15e6
+
+
+# --- several steps
+
+
+def test_one_list_of_options_checkpoint_and_data(tmp_path):
+    """Two processes: one list, told once, before either is joined to the other; and nothing is left."""
+    checkpoint = write_stand_in_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.json").unlink()
+    rows = datasets.Dataset.from_dict(
+        {"image": [None] * 3, "query": [{"en": "Q?"}] * 3, "answers": [["yes"], [], [""]]}
+    )
+    rows = rows.cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "test.parquet").write_bytes(b"no parquet")
+    arguments = ("--model_name_or_path", checkpoint, "--train_data", tmp_path / "train.parquet")
+    arguments += ("--eval_data", tmp_path / "test.parquet", "--output_dir", tmp_path / "out")
+    ended = run_script(
+        "finetune_hf_trainer_docvqa.py", *arguments, "--batch_size", 3, "--optim", "sgd", "--num_crops", 0
+    )
+    assert ended.returncode != 0
+    told = ended.stdout[ended.stdout.index("error: ") :].splitlines()
+    assert told[0] == "error: 7 problems:"
+    expected = [
+        "--optim sgd: it is one of",
+        "--num_crops 0: it must be 1 to 16",
+        "--batch_size 3 cannot be divided over 2 processes",
+        f"--model_name_or_path {checkpoint} is not a complete checkpoint: it has no tokenizer.json",
+        f"{tmp_path / 'train.parquet'}, split train, row 1 has no answer",
+        f"{tmp_path / 'train.parquet'}, split train, row 2 has no answer",
+        f"--eval_data {tmp_path / 'test.parquet'} cannot be read as parquet",
+    ]
+    for line, start in zip(told[1:8], expected, strict=True):
+        assert line.startswith(f"  - {start}")
+    assert ended.stdout.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_option_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    """The default checkpoint and data are the hub's, which is not asked."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    ended = run_script("finetune_hf_trainer_docvqa.py", "--num_crops", 0, "--output_dir", tmp_path / "out", processes=0)
+    assert ended.returncode == 2
+    assert ended.stdout.splitlines()[-1] == "error: --num_crops 0: it must be 1 to 16"
+    assert "hub" not in ended.stdout
 
 
 # --- several processes
