@@ -25,7 +25,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -180,7 +180,9 @@ def read_frames(path: Path, num_frames: int, count: int | None = None, one_by_on
     return [images[index] for index in indices] if decoded == count else read_frames(path, num_frames, decoded, True)
 
 
-def read_from_keyframes(stream: Any, packets: list[av.Packet], indices: list[int]) -> list[Image.Image] | None:
+def read_from_keyframes(
+    stream: av.VideoStream, packets: list[av.Packet], indices: list[int]
+) -> list[Image.Image] | None:
     """The frames of the packets `indices`, each decoded from the keyframe before it on.
 
     Returns:

@@ -219,11 +219,13 @@ def _with_later_problems(error: UserError, checks: Sequence[Callable[[argparse.N
         except Exception:  # which comes of what is wrong already
             continue
     _fetches = True
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == len(error.problems):
+        return error
     try:
-        raise_all(list(dict.fromkeys(problems)), error.everywhere)
+        raise_all(problems, error.everywhere)
     except UserError as whole:
         return whole
-    return error
 
 
 def _tells(error: UserError) -> bool:

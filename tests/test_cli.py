@@ -443,6 +443,11 @@ def test_options_checkpoint_and_data_are_told_at_once(capsys, monkeypatch):
     assert [name for name, _ in asked] == ["finds", "breaks", "finds_another"]
     assert told_by(capsys, lambda: fetches(options), finds_another, fetches) == ["error: fetched"]
 
+    def finds_many(given):
+        raise UserError("25 problems, the first 2", problems=["1", "2"])
+
+    assert told_by(capsys, lambda: finds_many(options), finds_many, fetches) == ["error: 25 problems, the first 2"]
+
     def later_step():
         raise UserError("a later step")
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import finetune_hf_trainer_hateful_memes as memes
+from common.cli import BAD_EXAMPLES
 from common.demo import CHECKPOINT
 from common.errors import UserError
 from common.evaluation import Generated
@@ -216,3 +217,24 @@ def test_run(cauldron, tmp_path):
     assert all(0 <= one["probability_yes"] <= 1 for one in after["examples"])
     assert f"accuracy {after['accuracy']:.4f}" in ended.stdout
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_run_that_leaves_bad_lines_out(challenge, tmp_path):
+    """Of the challenge's own file: no JSON, and a picture that is missing; each told once, with file and line."""
+    path = challenge / "train.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    (challenge / "img" / "00003.png").unlink()
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", challenge, "--output_dir", tmp_path / "out")
+    options += ("--num_crops", 1, "--batch_size", 2, "--eval_limit", 1, "--use_lora", "--lora_rank", 4, "--no-tqdm")
+    ended = run_script("finetune_hf_trainer_hateful_memes.py", *options)
+    assert ended.returncode != 0
+    assert f"  - {path}, line 1: no JSON in UTF-8" in ended.stdout
+    assert f"  - there are 1 examples of {path} whose images are missing: 3; fetch the images again" in ended.stdout
+    skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.5)
+    ended = run_script("finetune_hf_trainer_hateful_memes.py", *options, *skip)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out" / BAD_EXAMPLES).read_text().splitlines()]
+    problems = {line["index"]: line["problem"] for line in lines}
+    assert sorted(problems) == [0, 4]
+    assert problems[0].startswith(f"{path}, line 1: no JSON in UTF-8")
+    assert problems[4] == f"{path}, line 5: 3: its image is missing"

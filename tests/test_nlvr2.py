@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import finetune_hf_trainer_nlvr2 as nlvr2
+from common.cli import BAD_EXAMPLES
 from common.data import number_questions
 from common.demo import CHECKPOINT
 from common.errors import UserError
@@ -203,3 +204,21 @@ def test_shared_pairs_train_as_separate_questions(cauldron, tmp_path):
     assert "24 examples about 12 pictures in an epoch" in ended.stdout
     assert len(logs[0]) == 2
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [(), ("--share_images",)])
+def test_run_that_leaves_bad_lines_out(original, tmp_path, share):
+    """Of the original file: no JSON, and a pair without its second picture; also where sentences share their pair."""
+    path = original / "train.json"
+    path.write_text("{broken\n" + path.read_text())
+    for file in original.rglob("train-11-1-img1.png"):
+        file.unlink()
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", original, "--output_dir", tmp_path / "out")
+    options += ("--num_crops", 1, "--batch_size", 2, "--eval_limit", 1, "--use_lora", "--lora_rank", 4, "--no-tqdm")
+    skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.7)
+    ended = run_script("finetune_hf_trainer_nlvr2.py", *options, *share, *skip)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out" / BAD_EXAMPLES).read_text().splitlines()]
+    broken, missing = sorted((line["problem"] for line in lines), key=lambda problem: "missing" in problem)
+    assert broken.startswith(f"{path}, line 1: no JSON in UTF-8")
+    assert missing.endswith(": train-11-1-0: its image is missing")
