@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from PIL import Image
 from tqdm import tqdm
 
@@ -186,7 +187,8 @@ def read_from_keyframes(
     """The frames of the packets `indices`, each decoded from the keyframe before it on.
 
     Returns:
-        None where a packet does not give its own frame and at once, as in a video with frames that look ahead.
+        None where a packet does not give its own frame and at once, as in a video with frames that look ahead, or
+        where one that is called a keyframe needs others.
     """
     needed: set[int] = set()
     for index in indices:
@@ -196,9 +198,12 @@ def read_from_keyframes(
         needed.update(range(first, index + 1))
     images = {}
     for number in sorted(needed):
-        if number and number - 1 not in needed:
+        begins = number - 1 not in needed
+        if begins and number:
             stream.codec_context.flush_buffers()
         if stream.codec_context.has_b_frames or len(frames := packets[number].decode()) != 1:
+            return None
+        if begins and frames[0].pict_type != PictureType.I:  # the container says which are keyframes, and may be wrong
             return None
         if number in indices:
             images[number] = to_image(frames[0])

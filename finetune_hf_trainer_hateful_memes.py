@@ -72,9 +72,9 @@ def challenge_rows(folder: Path, name: str, bad_examples: str = "stop") -> Rows:
     def make_row(record: dict[str, Any], place: str) -> dict[str, Any]:
         if not isinstance(record.get("img"), str) or record.get("label") not in (0, 1):
             raise UserError(f"{place}: needs img, a path, and label, 0 or 1 (the test files without labels have none)")
-        image, meme = data.path_inside(folder, record["img"], place), str(record.get("id", place))
+        image = data.path_inside(folder, record["img"], place)
         texts = [{"user": QUESTION, "assistant": LABELS[int(record["label"])]}]
-        return {"id": meme, "images": [data.cell_of(image, place, meme)], "texts": texts}
+        return {"id": str(record.get("id", place)), "images": [image], "texts": texts}
 
     return data.rows_of_file(folder, name, make_row, bad_examples)
 

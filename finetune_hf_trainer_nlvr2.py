@@ -71,12 +71,12 @@ def original_rows(folder: Path, name: str, options: argparse.Namespace, by_pair:
         pair, split = identifier.rpartition("-")[0], identifier.partition("-")[0]
         inner = "/".join([split, *([str(record["directory"])] if "directory" in record else []), pair])
         found = [images.find(f"{inner}-img{side}", place) for side in (0, 1)]
-        cells = [data.cell_of(path, place, identifier) for path in found]
         texts = [{"user": QUESTION.format(sentence=sentence), "assistant": label}]
-        return {"id": pair if by_pair else identifier, "images": cells, "texts": texts}
+        return {"id": identifier, "images": found, "texts": texts, **({"pair": pair} if by_pair else {})}
 
     bad_examples = options.bad_examples if by_pair else "stop"  # what is evaluated is to be whole
-    return data.rows_of_file(folder, name, make_row, bad_examples, options.skip_missing, merge=by_pair)
+    merge_by = "pair" if by_pair else None
+    return data.rows_of_file(folder, name, make_row, bad_examples, options.skip_missing, merge_by)
 
 
 def make_example(rows: data.Rows, numbers: list, index: int, generator: random.Random | None = None) -> Example:

@@ -40,7 +40,7 @@ MANIFEST, STAGES = "manifest.json", "stages.json"
 FREE_OPTIONS = {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "dry_run"}
 FREE_OPTIONS |= {"device", "num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu"}
 FREE_OPTIONS |= {"bad_examples", "max_bad_fraction", "max_bad_steps", "eval_steps", "timeout_minutes"}
-FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images", "restarted"}
+FREE_OPTIONS |= {"defaults", "given", "push_to_hub", "report_images", "restarted", "check_images"}
 # How a global batch is divided changes the order of summation alone, and the draws of dropout.
 FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tokens_per_gpu"}
 # What is kept and which kernels compute changes rounding alone: the cure for too little memory, or another machine's.

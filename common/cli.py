@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
 
-from .errors import OptionsError, UserError, is_first_process, note_options, raise_all
+from .errors import OptionsError, RightOptions, UserError, is_first_process, note_options, raise_all
 from .facts import RUN_FACTS, note_origins
 from .launcher import launcher
 from .model_card import push_problems
@@ -222,6 +223,12 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         "--report_to", default="none", metavar="NAMES", help="tensorboard, wandb, trackio: by comma (%(default)s)"
     )
     rare.add_argument(
+        "--check_images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every picture to train on before the start (yes)",
+    )
+    rare.add_argument(
         "--report_images",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -257,7 +264,7 @@ def parse_options(
         parser.register("type", kind, functools.partial(_read_number, kind))
     choices = _leave_choices_unchecked(parser)
     options, unknown = parser.parse_known_args()
-    problems = [f"{' '.join(unknown)}: there is no such option (--help lists them)"] if unknown else []
+    problems = _unknown_option_problems(unknown, parser)
     for name, value in vars(options).items():
         if isinstance(value, _NoNumber):
             problems.append(f"--{name} {value}: it must be a {'whole ' if value.kind is int else ''}number")
@@ -283,7 +290,7 @@ def parse_options(
     problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     problems += push_problems(options.push_to_hub)
-    _raise_options_error(problems, options, parser)
+    _raise_options_error(problems, options)
     note_origins(options, parser)
     at_once = options.num_processes * options.batch_size_per_gpu
     options.accumulation = None if options.packs else options.batch_size // at_once
@@ -298,6 +305,15 @@ def parse_options(
         options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     note_options(options)
     return options
+
+
+def _unknown_option_problems(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    if not words:
+        return []
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    near = [name for word in words for name in difflib.get_close_matches(word.partition("=")[0], known, 1)]
+    meant = f"; meant may be {', '.join(dict.fromkeys(near))}" if near else ""
+    return [f"{' '.join(words)}: there is no such option (--help lists them{meant})"]
 
 
 def _raise_user_error(message: str) -> NoReturn:
@@ -316,16 +332,14 @@ def _leave_choices_unchecked(parser: argparse.ArgumentParser) -> dict[str, list[
     return choices
 
 
-def _raise_options_error(problems: Sequence[str], options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Raise what is wrong, if anything is, with the options that later checks need; wrong ones have their default."""
+def _raise_options_error(problems: Sequence[str], options: argparse.Namespace) -> None:
+    """Raise what is wrong, if anything is; later checks may rely on the options that no problem names."""
     try:
         raise_all(problems)
     except UserError as error:
         named = {name for problem in problems for name in re.findall(r"--(\w+)", problem)}
-        for name in named.intersection(vars(options), (*SOURCES, "revision", "eval_file", "eval_limit")):
-            setattr(options, name, parser.get_default(name))
         raised = OptionsError(str(error), problems=error.problems)
-        raised.options = options
+        raised.options = RightOptions(**{name: value for name, value in vars(options).items() if name not in named})
         raise raised from None
 
 

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .collation import Example, Turn, encode_example
-from .data import decode_image, one_line, open_header, parse_line, path_inside, readable
-from .errors import MOST_PROBLEMS, UserError, raise_all
+from .data import check_length, decode_image, one_line, open_header, parse_line, path_inside, readable
+from .errors import UserError, first_of, raise_all
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import CROP, plan_layout
 
+ALL_FAULTS = "python -m tools.check_data lists all"
 TURN_FIELDS = ("images", "user", "assistant")
 # What the tokenizer or the processor would not take as text: tags of images, marks of the chat template and of the
 # beginning and end of a text, also where they are meant as HTML's.
@@ -216,7 +217,7 @@ def load_conversations(path: str | Path, image_dir: str | Path, bad_examples: st
         lengths.append(line.length)
         sizes.append(equal.setdefault(own, own))
     if bad_examples == "stop":
-        _raise_first(all_problems)
+        raise_all(first_of(all_problems, str(path), ALL_FAULTS))
     if not numbers:
         raise UserError(f"{path} is empty")
     records = Records(path, begins, lengths)
@@ -236,7 +237,7 @@ def check_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) ->
     """
     if data.faults is None:
         problems = [problem for _, problem in measure_lengths(data, processor, limit) if problem]
-        _raise_first(problems, everywhere=True)
+        raise_all(first_of(problems, str(data.path), ALL_FAULTS), everywhere=True)
 
 
 def counting_processor(processor: Phi3VProcessor) -> Phi3VProcessor:
@@ -250,35 +251,17 @@ def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) 
     Returns:
         The tokens, None where it cannot be encoded, and the fault with its place, None where there is none.
     """
-    counting, num_crops = counting_processor(processor), processor.image_processor.num_crops
+    counting = counting_processor(processor)
     measured: list[tuple[int | None, str | None]] = []
     for index in range(len(data)):
-        example = Example(data.place(index), make_turns(data.records[index], data.sizes[index]))
+        example, tokens = Example(data.place(index), make_turns(data.records[index], data.sizes[index])), None
         try:
             tokens = len(encode_example(counting, example)["input_ids"])
+            check_length(example.id, tokens, limit)
+            measured.append((tokens, None))
         except UserError as error:
-            measured.append((None, str(error)))
-            continue
-        too_long = (
-            f"{data.place(index)}: {tokens} tokens at num_crops={num_crops}, the model takes {limit}: "
-            "lower --num_crops, or give fewer pictures or turns"
-        )
-        measured.append((tokens, too_long if tokens > limit else None))
+            measured.append((tokens, str(error)))
     return measured
-
-
-def _raise_first(problems: list[str], everywhere: bool = False) -> None:
-    if len(problems) > MOST_PROBLEMS:
-        raise UserError(
-            f"{len(problems)} problems (python -m tools.check_data lists all), the first {MOST_PROBLEMS} of them:\n"
-            + "\n".join(f"  - {problem}" for problem in problems[:MOST_PROBLEMS]),
-            everywhere,
-            [
-                *problems[:MOST_PROBLEMS],
-                f"and {len(problems) - MOST_PROBLEMS} more: python -m tools.check_data lists all",
-            ],
-        )
-    raise_all(problems, everywhere)
 
 
 def read_lines(path: Path, image_dir: Path) -> list[Line]:

@@ -17,6 +17,7 @@ import random
 import re
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "va
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as JSON writes it
 PICTURE = {"bytes", "path"}  # the fields of a picture's cell
 FAULT = "fault"  # of a bad line, beside the fields of a row
+SEEN_LATELY = 256  # pictures that need not be decoded again
 MAX_NAME = 255  # bytes in a part of a path, on every common file system
 
 # What PIL warns of, `open_header` refuses.
@@ -60,7 +62,7 @@ class Rows:
     table: datasets.Dataset
     folders: tuple[Path, ...]
     numbers: tuple[int, ...] | None = None
-    faults: Mapping[int, str] = field(default_factory=dict)
+    faults: Mapping[int, str] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -309,6 +311,22 @@ def open_pixels(content: bytes | None, path: str | None) -> Image.Image:
     return _within_limit(image)  # some formats hold a picture of another size than they say
 
 
+class WholeOnce:
+    """Decodes pictures, to find damage; of one that was seen lately, as for another question, only the header."""
+
+    def __init__(self) -> None:
+        self._seen: deque[bytes | str | None] = deque(maxlen=SEEN_LATELY)
+
+    def __call__(self, content: bytes | None, path: str | None) -> Image.Image:
+        """A picture, of the size it has; errors as of `open_pixels`."""
+        which = _identify({"bytes": content, "path": path})
+        if which in self._seen:
+            return open_header(content, path)
+        image = open_pixels(content, path)
+        self._seen.append(which)
+        return image
+
+
 _opener: ContextVar[Callable[[bytes | None, str | None], Image.Image]] = ContextVar("opener", default=open_pixels)
 
 
@@ -381,7 +399,7 @@ def check_answers(
                 problems.append(f"{rows.place(index)} has no answer: {advice}")
         except (KeyError, TypeError, AttributeError) as error:
             problems.append(f"{rows.place(index)} has not the fields of its layout ({one_line(error)})")
-    raise_all(first_of(problems))
+    raise_all(first_of(problems, f"{rows.source}, split {rows.split}"))
     return rows
 
 
@@ -494,42 +512,25 @@ def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-class ImageMissingError(UserError):
-    """An image of an example is missing."""
-
-    def __init__(self, place: str, example: str) -> None:
-        super().__init__(f"{place}: {example}: its image is missing")
-        self.example = example
-
-
-def cell_of(path: Path | None, place: str, example: str) -> dict[str, Any]:
-    """What stands in a row for the picture of a file.
-
-    Raises:
-        ImageMissingError: there is no such file.
-    """
-    if path is None or not path.is_file():
-        raise ImageMissingError(place, example)
-    return {"bytes": None, "path": str(path)}
-
-
 def rows_of_file(
     folder: Path,
     name: str,
     make_row: Callable[[dict[str, Any], str], dict[str, Any]],
     bad_examples: str = "stop",
     skip_missing: bool | None = None,
-    merge: bool = False,
+    merge_by: str | None = None,
 ) -> Rows:
     """The rows of a file with one JSON value per line; empty lines are passed over.
 
     Args:
         folder: with the data.
         name: of the file in it.
-        make_row: (a line's dictionary, file and line for messages) -> a row in the_cauldron's layout, with an `id`.
-        bad_examples: with "skip" a bad line is an example that cannot be made, which training leaves out.
+        make_row: (a line's dictionary, file and line for messages) -> a row in the_cauldron's layout, with an `id`, and
+            in `images` the pictures' files, None for one that is not there.
+        bad_examples: with "skip" a bad line is an example that cannot be made, which training leaves out. One whose
+            picture is missing keeps its text, so that it is the same run when the picture is there.
         skip_missing: whether lines whose images are missing make no rows; None where that is not offered.
-        merge: lines of the same `id` make one row, with the `texts` of all.
+        merge_by: a row's field: lines that have the same there make one row, whose `id` it becomes, with all `texts`.
 
     Raises:
         UserError: no such file; lines that `parse_line` or `make_row` refuse, with file and line, and examples whose
@@ -545,26 +546,39 @@ def rows_of_file(
                     continue
                 place = f"{path}, line {number}"
                 try:
-                    record, problem = parse_line(line)
-                    if record is None:
-                        raise UserError(f"{place}: {problem}")
-                    row = make_row(record, place)
+                    row, fault = _make_row(line, place, make_row), ""
                 except UserError as error:
-                    if isinstance(error, ImageMissingError) and (skip_missing or bad_examples == "stop"):
-                        missing.append(error.example)
+                    row, fault = {"id": f"{name}, line {number}", "images": [], "texts": []}, str(error)
+                    problems.append(fault)
+                if None in row["images"]:
+                    if skip_missing or bad_examples == "stop":
+                        missing.append(row["id"])
                         continue
-                    problems.append(str(error))
-                    row = {"id": place, "images": [], "texts": [], FAULT: str(error)}
-                row_id = row["id"] if merge else number
-                if row_id in rows:
-                    rows[row_id]["texts"] += row["texts"]
+                    fault = f"{place}: {row['id']}: its image is missing"
+                row["images"] = [{"bytes": None, "path": picture and str(picture)} for picture in row["images"]]
+                row |= {FAULT: fault} if fault else {}
+                key = number if merge_by is None else row.pop(merge_by, number)
+                if key in rows:
+                    rows[key]["texts"] += row["texts"]
                 else:
-                    rows[row_id] = row
+                    rows[key] = row if key == number else {**row, "id": key}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     found = problems if bad_examples == "stop" else []
-    try_all(lambda: raise_all(first_of(found)), lambda: report_missing(path, missing, skip_missing))
+    try_all(lambda: raise_all(first_of(found, str(path))), lambda: report_missing(path, missing, skip_missing))
     return rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
+
+
+def _make_row(line: bytes, place: str, make_row: Callable[[dict[str, Any], str], dict[str, Any]]) -> dict[str, Any]:
+    record, problem = parse_line(line)
+    if record is None:
+        raise UserError(f"{place}: {problem}")
+    try:
+        row = make_row(record, place)
+        images = [picture if picture is not None and picture.is_file() else None for picture in row["images"]]
+        return {**row, "images": images}
+    except OSError as error:  # of a name too long, or a folder that may not be read
+        raise UserError(f"{place}: {error.strerror}: {readable(str(error.filename)[:100])}") from error
 
 
 def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) -> Rows:
@@ -779,7 +793,10 @@ def check_length(place: str, tokens: int, limit: int) -> None:
         UserError: with both numbers.
     """
     if tokens > limit:
-        raise UserError(f"{place}: {tokens} tokens, the model takes {limit}: lower --num_crops, or leave it out")
+        raise UserError(
+            f"{place}: {tokens} tokens, the model takes {limit}: lower --num_crops, give fewer pictures or turns, or "
+            "leave it out"
+        )
 
 
 def loader_context(num_workers: int) -> str | None:

@@ -57,18 +57,33 @@ class UserError(ValueError):
         self.problems = tuple(problems) or (str(self),)
 
 
-class OptionsError(UserError):
-    """What is wrong with the options; those that checks of the checkpoint and the data need are in `options`."""
-
-    options: argparse.Namespace
-
-
 class NotLookedAtError(UserError):
-    """Something would have to be fetched, while something else is known to be wrong; no problem by itself."""
+    """What needs a fetch, or an option that is wrong, while something is known to be wrong; no problem by itself."""
 
     def __init__(self) -> None:
         super().__init__("not looked at")
         self.problems = ()
+
+
+class RightOptions(argparse.Namespace):
+    """Of wrong options those that are right; a check that needs another one comes to nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotLookedAtError
+
+
+class OptionsError(UserError):
+    """What is wrong with the options; what checks of the checkpoint and the data may rely on is in `options`."""
+
+    options: RightOptions
+
+
+class _More(str):
+    """How many more problems there are than are listed."""
+
+    number: int
 
 
 class NotWrittenError(OSError):
@@ -102,32 +117,58 @@ def raise_all(problems: Sequence[str], everywhere: bool = False) -> None:
     if len(problems) == 1:
         raise UserError(problems[0], everywhere)
     listed = "\n".join(f"  - {problem}" for problem in problems)
-    raise UserError(f"{len(problems)} problems:\n{listed}", everywhere, problems)
+    number = sum(getattr(problem, "number", 1) for problem in problems)
+    raise UserError(f"{number} problems:\n{listed}", everywhere, problems)
 
 
 def try_all(*calls: Callable[[], Any]) -> tuple[Any, ...]:
     """What each call returns.
 
+    Those that fetch something from a hub come last, and only if nothing is wrong with the others: such a call is begun
+    twice.
+
     Raises:
         UserError: with the problems of all calls that raise one.
     """
-    returned, raised = [], []
-    for call in calls:
-        try:
-            returned.append(call())
-        except UserError as error:
-            raised.append(error)
-    problems = dict.fromkeys(problem for error in raised for problem in error.problems)
-    if raised and not problems:
-        raise raised[0]
-    raise_all(list(problems), everywhere=all(error.everywhere for error in raised))
-    return tuple(returned)
+    global _fetches
+    returned: dict[int, Any] = {}
+    raised: dict[int, UserError] = {}
+    may_fetch, waiting = _fetches, list(range(len(calls)))
+    try:
+        for _fetches in (False, True) if may_fetch else (False,):
+            for number in waiting:
+                raised.pop(number, None)
+                try:
+                    returned[number] = calls[number]()
+                except UserError as error:
+                    raised[number] = error
+                    _fetches &= isinstance(error, NotLookedAtError)
+            waiting = sorted(raised)
+            if any(error.problems for error in raised.values()):
+                break
+    finally:
+        _fetches = may_fetch
+    if raised:
+        problems = dict.fromkeys(problem for number in waiting for problem in raised[number].problems)
+        if not problems:
+            raise raised[waiting[0]]
+        raise_all(list(problems), everywhere=all(error.everywhere for error in raised.values() if error.problems))
+    return tuple(returned[number] for number in range(len(calls)))
 
 
-def first_of(problems: list[str], most: int = MOST_PROBLEMS) -> list[str]:
-    """The first problems of many examples, and a line for how many more there are."""
-    more = len(problems) - most
-    return problems[:most] + ([f"and {more} more examples"] if more > 0 else [])
+def first_of(problems: Sequence[str], of: str = "", advice: str = "", most: int = MOST_PROBLEMS) -> list[str]:
+    """The first problems of many examples, and a line for how many more there are.
+
+    Args:
+        of: the examples' file or data set.
+        advice: where all of them are shown.
+    """
+    if len(problems) <= most:
+        return list(problems)
+    number = len(problems) - most
+    more = _More(f"and {number} more" + (f" of {of}" if of else " examples") + (f": {advice}" if advice else ""))
+    more.number = number
+    return [*problems[:most], more]
 
 
 def note_options(options: argparse.Namespace) -> None:
@@ -183,9 +224,11 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
             if isinstance(error, NotWrittenError):
                 remedy = "see that there is room on that disk and that it works, then start the same command again"
                 error = UserError(f"{error}: {remedy}", everywhere=True)
-            error = _with_later_problems(error, checks)
             if _tells(error):
+                error = _with_later_problems(error, checks)
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            elif not dist.is_initialized():
+                time.sleep(SECONDS_FOR_THE_FIRST)  # the one that tells looks at the rest first
             _end(str(error), 2)
         except Exception as error:
             if is_out_of_memory(error):

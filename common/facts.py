@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "
 PACKAGES += ("liger-kernel", "datasets", "pillow")
 
 # Options that divide the work, say where it goes or show more of it: a run with them may repeat a published row.
-NEUTRAL_OPTIONS = {"push_to_hub", "report_images", "max_crops_per_call"}
+NEUTRAL_OPTIONS = {"push_to_hub", "report_images", "check_images", "max_crops_per_call"}
 NEUTRAL_OPTIONS |= {"output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "grace_seconds", "seed"}
 NEUTRAL_OPTIONS |= {"num_workers", "logging_steps", "report_to", "tqdm", "eval_batch_size_per_gpu", "eval_steps"}
 NEUTRAL_OPTIONS |= {"batch_size_per_gpu", "gradient_checkpointing", "timeout_minutes", "max_bad_steps"}

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
 from .data import one_line
-from .errors import UserError, about_to_fetch, is_out_of_memory
+from .errors import UserError, about_to_fetch, is_out_of_memory, try_all
 from .files import read_json
 from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -51,11 +51,19 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         _read_processor(options.model_name_or_path, options.revision)
         return
     stored = read_adapter(adapter)
-    base = stored["base_model_name_or_path"]
-    find_adapter(base, stored.get("revision"))  # it must be there, too
+    base, revision = stored["base_model_name_or_path"], stored.get("revision")
+
+    def check_base() -> None:
+        find_adapter(base, revision)  # it must be there, too
+        _check_files(base)
+        _read_processor(base, revision)
+
+    try_all(check_base, lambda: _check_adapter(adapter, stored, options))
+
+
+def _check_adapter(adapter: Path, stored: dict[str, Any], options: argparse.Namespace) -> None:
+    """Its own files, and the options to train it further."""
     _names_in_adapter(options.model_name_or_path, options.revision)
-    _check_files(base)
-    _read_processor(base, stored.get("revision"))
     # an adapter is evaluated in the precision of adapter training
     options.use_lora = True
     options.method = "qlora" if options.use_qlora else "lora"

@@ -20,6 +20,7 @@ from .data import (
     ExampleDataset,
     ExampleKey,
     Problem,
+    WholeOnce,
     check_length,
     gather_in_order,
     loader_context,
@@ -29,6 +30,7 @@ from .data import (
 from .errors import UserError, first_of, raise_all
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
+from .together import together
 
 Group = list[int]  # questions about one picture
 Pack = list[Group]  # what goes through the model at once
@@ -73,15 +75,21 @@ class Questions:
 
 
 class _Lengths(torch.utils.data.Dataset):
-    """Of every example the tokens up to its last picture's, and all; of a picture only the header is read."""
+    """Of every example the tokens up to its last picture's, and all.
 
-    def __init__(self, dataset: ExampleDataset, processor: Phi3VProcessor, epochs: int) -> None:
+    Args:
+        epochs: for which it is drawn.
+        decodes: pictures are decoded, each once; else only their headers are read.
+    """
+
+    def __init__(self, dataset: ExampleDataset, processor: Phi3VProcessor, epochs: int, decodes: bool) -> None:
         self.dataset, self.epochs = dataset, epochs
+        self.opener = WholeOnce() if decodes else open_header
         self.counting = counting_processor(processor)
 
     def __getitem__(self, index: int) -> tuple[int, int] | Problem:
         lengths = []
-        with opening_images_by(functools.cache(open_header)):
+        with opening_images_by(functools.cache(self.opener)):
             for epoch in range(self.epochs):  # what is drawn for it, and so its length, may differ
                 try:
                     lengths.append(self._measure(index, epoch))
@@ -98,6 +106,54 @@ class _Lengths(torch.utils.data.Dataset):
         return prefix_length(ids, self.counting.image_token_id), len(ids)
 
 
+def _look_at(
+    indices: Sequence[int], lengths: _Lengths, num_workers: int, shows_progress: bool
+) -> Iterator[tuple[int, int] | Problem]:
+    """Of these examples, in their order; the first process shows how far it is."""
+    num_workers = min(num_workers, len(indices))
+    loader = torch.utils.data.DataLoader(
+        lengths,
+        sampler=indices,
+        batch_size=16,
+        num_workers=num_workers,
+        multiprocessing_context=loader_context(num_workers),
+        collate_fn=list,
+    )
+    title = "count tokens" if lengths.opener is open_header else "check pictures"
+    with progress_bar(title, len(indices), "example", shows_progress) as bar:
+        for batch in loader:
+            yield from batch
+            bar.update(len(batch))
+
+
+def check_examples(
+    indices: Sequence[int],
+    dataset: ExampleDataset,
+    processor: Phi3VProcessor,
+    epochs: int,
+    rank: int,
+    world: int,
+    num_workers: int,
+    shows_progress: bool = False,
+) -> None:
+    """Make examples as the run will, their pictures decoded and their tokens counted; of each a process has its share.
+
+    Args:
+        indices: of the examples.
+        epochs: of the run.
+        rank, world: this process and how many there are.
+        num_workers: loader processes.
+        shows_progress: the first process's, over its share.
+
+    Raises:
+        UserError: on every process, with the first 20 examples that cannot be made or are too long.
+    """
+    seen = _look_at(indices[rank::world], _Lengths(dataset, processor, epochs, True), num_workers, shows_progress)
+    own = [one for one in seen if isinstance(one, Problem)]
+    problems = sorted({one for share in together(lambda: own) for one in share})
+    raise_all(first_of([one.text for one in problems]), everywhere=True)
+
+
 def measure_questions(
     dataset: ExampleDataset,
     processor: Phi3VProcessor,
@@ -107,8 +163,9 @@ def measure_questions(
     world: int,
     num_workers: int,
     shows_progress: bool = False,
+    decodes: bool = False,
 ) -> Questions:
-    """What the sampler must know of a data set, its pictures' headers read and nothing decoded.
+    """What the sampler must know of a data set.
 
     Every process measures its share. Where something is drawn by chance, as one of several accepted
     answers, the longest of the run's epochs counts. Where bad examples are skipped, one that cannot be made
@@ -122,25 +179,13 @@ def measure_questions(
         rank, world: this process and how many there are.
         num_workers: loader processes.
         shows_progress: the first process's, over its share.
+        decodes: every picture is decoded, to find damage; else only headers are read.
 
     Raises:
         UserError: an example that cannot be made, unless such are skipped.
     """
-    own = range(rank, len(dataset), world)
-    num_workers = min(num_workers, len(own))
-    loader = torch.utils.data.DataLoader(
-        _Lengths(dataset, processor, epochs),
-        sampler=own,
-        batch_size=16,
-        num_workers=num_workers,
-        multiprocessing_context=loader_context(num_workers),
-        collate_fn=list,
-    )
-    of_share = []
-    with progress_bar("count tokens", len(own), "example", shows_progress) as bar:
-        for batch in loader:
-            of_share += batch
-            bar.update(len(batch))
+    lengths_of = _Lengths(dataset, processor, epochs, decodes)
+    of_share = list(_look_at(range(rank, len(dataset), world), lengths_of, num_workers, shows_progress))
     measured = gather_in_order(of_share, world)
     problems = [one for one in measured if isinstance(one, Problem)]
     if problems and not dataset.skips_bad:

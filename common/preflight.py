@@ -29,7 +29,7 @@ from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weigh
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
 from .together import together
-from .training import forget_unbegun, measure_for_packs, write_model
+from .training import forget_unbegun, look_at_all, write_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
@@ -53,7 +53,8 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     """Check what a run needs, before weights are loaded; every process calls it once they are joined.
 
     Libraries, GPU memory, disk space; of a sample of the examples that their pictures decode, that they have labels
-    and are not too long; that a shrunk model trained by this method comes back as it was saved.
+    and are not too long; that a shrunk model trained by this method comes back as it was saved. Then of every example
+    that its pictures decode and that it is not too long.
 
     Args:
         dataset: to train on; None with `--eval_only`, when neither examples nor disk are looked at.
@@ -65,12 +66,15 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     base, revision = checkpoint_of(options.model_name_or_path, options.revision)
     config = Phi3VConfig.from_pretrained(base, revision=revision)
     facts, shared, longest = ["libraries"], [], Look([])
+    # what an interrupted run goes on with, it has looked at before; bad ones that are left out are found when drawn
+    checks_images = options.check_images and options.resume_from is None and options.bad_examples == "stop"
     own = version_problems(options)  # a process's own problems, beside those that are anybody's
     if dataset is not None:
         looks = together(lambda: look_at_examples(dataset, processor, config.max_position_embeddings))
         longest = max(looks, key=lambda look: look.tokens)
         found = [problem for look in looks for problem in look.problems]
         number, decoded = (sum(getattr(look, name) for look in looks) for name in ("examples", "decoded"))
+        checks_images &= decoded < len(dataset)
         facts.append(f"{number} of {len(dataset)} examples ({decoded} decoded), of up to {longest.tokens} tokens")
         if options.bad_examples == "skip":
             facts += [f"{len(found)} of them bad"] if found else []
@@ -94,8 +98,8 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         forget_unbegun(options)
     raise_all(list(problems), everywhere=True)  # so that the first process tells
     say(f"checked: {'; '.join(facts)}")
-    if dataset is not None and options.packs:
-        measure_for_packs(dataset, processor, options, config)
+    if dataset is not None:
+        look_at_all(dataset, processor, options, config, checks_images)
 
 
 def version_problems(options: argparse.Namespace) -> list[str]:

@@ -20,7 +20,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .bad_examples import BadExamples
 from .checkpoints import (
+    STAGES,
     check_same_run,
     checkpoint_to_resume,
     checkpoints_in,
@@ -52,9 +53,7 @@ from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import (
     NotWrittenError,
     UserError,
-    first_of,
     is_first_process,
-    raise_all,
     rank_and_world,
     say,
     undo_on_failure,
@@ -64,7 +63,7 @@ from .files import INCOMPLETE, read_json
 from .launcher import launcher
 from .layers import causal_lm_of
 from .model_card import precision_options, push_to_hub, write_model_card
-from .packing import PackedBatchSampler, check_fits, measure_questions, spread
+from .packing import PackedBatchSampler, check_examples, check_fits, measure_questions, spread
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
@@ -582,10 +581,7 @@ def train(
     config, bad_examples = causal_lm_of(model).config, None
     dataset.max_tokens = config.max_position_embeddings
     if options.bad_examples == "skip":
-        dataset.skips_bad = True
-        bad_examples = BadExamples(options.output_dir, len(dataset), options.max_bad_fraction)
-        if bad_examples.excess() is not None:
-            bad_examples.try_again(lambda index, epoch: "problem" in dataset[ExampleKey(index, epoch, 1.0)])
+        bad_examples = bad_examples_of(dataset, options)
         bad_examples.check()
     batches = make_batches(dataset, processor, arguments, options, config, bad_examples)
     callback = _WhileTraining(options, functools.partial(evaluate, model, processor, *eval_data))
@@ -620,29 +616,72 @@ def _end_dry_run(options: argparse.Namespace) -> None:
     sys.exit(0)
 
 
-def measure_for_packs(
-    dataset: ExampleDataset, processor: Phi3VProcessor, options: argparse.Namespace, config: Phi3VConfig
+def bad_examples_of(dataset: ExampleDataset, options: argparse.Namespace) -> BadExamples:
+    """What a run that leaves bad examples out has left out so far; where too many, without those mended (together)."""
+    dataset.skips_bad = True
+    bad_examples = BadExamples(options.output_dir, len(dataset), options.max_bad_fraction)
+    if bad_examples.excess() is not None:
+        bad_examples.try_again(lambda index, epoch: "problem" in dataset[ExampleKey(index, epoch, 1.0)])
+    return bad_examples
+
+
+def look_at_all(
+    dataset: ExampleDataset,
+    processor: Phi3VProcessor,
+    options: argparse.Namespace,
+    config: Phi3VConfig,
+    checks_images: bool,
 ) -> None:
-    """Where rows are packed, measure all examples, before weights are loaded (together).
+    """Look at every example that the run will draw, before weights are loaded (together).
+
+    Of a run that has been trained already none is.
 
     Args:
-        dataset: gets what `make_batches` needs.
+        dataset: where rows are packed it gets what `make_batches` needs; for that all examples are measured.
+        checks_images: all pictures are decoded, too.
 
     Raises:
-        UserError: an example that cannot be made or that is too long, unless such are left out and they are no more
-            than `--max_bad_fraction`; one with more than `--max_tokens_per_gpu`.
+        UserError: an example that cannot be made or that is too long, unless such are left out, which is noted in the
+            output folder, and they are no more than `--max_bad_fraction`; one with more than `--max_tokens_per_gpu`.
     """
+    if on_first(lambda: SAVED in (read_json(options.output_dir / STAGES) or {})):
+        return
     dataset.max_tokens, dataset.skips_bad = config.max_position_embeddings, options.bad_examples == "skip"
-    threshold, epochs = config.original_max_position_embeddings, _epochs(len(dataset), options)
-    rank, world = rank_and_world()
-    questions = measure_questions(dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm)
-    bad = [problem.text for problem in questions.problems]
-    if len(bad) > options.max_bad_fraction * len(dataset):
-        most = f"more than --max_bad_fraction {options.max_bad_fraction:g} allows: mend them, or allow more"
-        raise_all([f"{len(bad)} of {len(dataset)} examples are bad, {most}", *first_of(bad)], everywhere=True)
+    epochs = _epochs(len(dataset), options)
+    how = (epochs, *rank_and_world(), options.num_workers, options.tqdm)
+    if not options.packs:
+        if checks_images:
+            indices = indices_drawn(len(dataset), options)
+            check_examples(indices, dataset, processor, *how)
+            say(f"checked: the pictures of {len(indices)} examples")
+        return
+    questions = measure_questions(dataset, processor, config.original_max_position_embeddings, *how, checks_images)
+    if options.bad_examples == "skip":
+        bad_examples = bad_examples_of(dataset, options)
+        bad_examples.add(questions.problems, step=0)
+        bad_examples.check()
     if options.max_tokens_per_gpu is not None:
         check_fits(questions, options.max_tokens_per_gpu)
     dataset.measured = epochs, questions
+    if checks_images:
+        say(f"checked: the pictures of {len(dataset)} examples")
+
+
+def indices_drawn(size: int, options: argparse.Namespace) -> Sequence[int]:
+    """Which of so many examples an unpacked run draws, `--max_steps` considered; of a dry run all that may be."""
+    if not options.max_steps or options.dry_run:
+        return range(size)
+    batches = GlobalBatchSampler(size, options.batch_size, options.batch_size, 0, 1, options.seed)
+    drawn: set[int] = set()
+    for step in range(options.max_steps):
+        epoch, within = divmod(step, len(batches))
+        if within == 0:
+            batches.set_epoch(epoch)
+            of_epoch = iter(batches)
+        drawn.update(key.index for key in next(of_epoch))
+        if len(drawn) == size:
+            break
+    return sorted(drawn)
 
 
 def make_batches(

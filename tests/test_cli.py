@@ -3,11 +3,13 @@
 import argparse
 import ast
 import contextlib
+import copy
 import importlib
 import re
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers.training_args import OptimizerNames
@@ -18,7 +20,16 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from common import cli, errors
 from common.cli import OPTIMIZERS, PART_LEARNING_RATES
-from common.errors import OptionsError, UserError, about_to_fetch, raise_all, run, try_all
+from common.errors import (
+    NotLookedAtError,
+    OptionsError,
+    UserError,
+    about_to_fetch,
+    first_of,
+    raise_all,
+    run,
+    try_all,
+)
 
 ROOT = Path(docvqa.__file__).parent
 SCRIPTS = (docvqa, hateful_memes, nlvr2, ucf101)
@@ -54,6 +65,7 @@ OURS = {
     "max_crops_per_call": None,
     "packs": False,
     "torch_compile": False,
+    "check_images": True,
     "report_images": True,
     "revision": None,
 }
@@ -471,14 +483,87 @@ def test_all_of_several_steps_are_told(capsys):
 
 
 def test_options_for_later_checks(monkeypatch, tmp_path):
-    """What names data or a checkpoint and is wrong has its default; the rest is as given."""
+    """Those that a problem names are unknown to them, and one that was likely meant; the rest is as given."""
+    given = ("--data_dir", "/no/such", "--optim", "sgd", "--num_crops", 99, "--seed", 7, "--huh", "--eval_splt", "test")
     with pytest.raises(OptionsError) as error:
-        parse(
-            monkeypatch, tmp_path, "--data_dir", "/no/such", "--optim", "sgd", "--num_crops", 99, "--seed", 7, "--huh"
-        )
+        parse(monkeypatch, tmp_path, *given)
     assert len(error.value.problems) == 4
+    assert "--huh --eval_splt test: there is no such option (--help lists them; meant may be --eval_split)" in str(
+        error.value
+    )
     options = error.value.options
-    assert (options.data_dir, options.seed, options.output_dir) == (None, 7, tmp_path / "out")
+    assert (options.seed, options.output_dir, options.train_data) == (7, tmp_path / "out", None)
+    for name in ("data_dir", "optim", "num_crops", "eval_split"):
+        with pytest.raises(NotLookedAtError):
+            getattr(options, name)
+    assert copy.copy(options).seed == 7
+
+
+@pytest.mark.parametrize("wrong", [("--eval_split", "val"), ("--bad_examples", "ignore"), ("--eval_data", "./typo")])
+def test_no_data_is_blamed_for_a_wrong_option(monkeypatch, tmp_path, wrong):
+    """There is no split of the default's name, and a row without an answer, which is fine where it is left out."""
+    for split, answers in (("train", [["yes"], []]), ("validation", [["yes"], ["yes"]])):
+        columns = {"image": [None] * 2, "query": [{"en": "Q?"}] * 2, "answers": answers}
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    given = ["--data_dir", tmp_path, "--bad_examples", "skip", "--eval_split", "validation"]
+    with pytest.raises(OptionsError) as error:
+        parse(monkeypatch, tmp_path, *given, *wrong)
+    (problem,) = error.value.problems
+    assert problem.startswith(" ".join(wrong))
+    with pytest.raises(NotLookedAtError):
+        docvqa.load_data(error.value.options)
+
+
+def test_what_is_here_is_looked_at_before_anything_is_fetched(monkeypatch):
+    """And nothing is fetched once something is known to be wrong."""
+    asked = []
+
+    def fetches(name, problem=None):
+        def call():
+            asked.append(f"{name}?")
+            about_to_fetch()
+            asked.append(name)
+            raise_all([problem] if problem else [])
+            return name
+
+        return call
+
+    def here(problem=None):
+        asked.append("here")
+        raise_all([problem] if problem else [])
+
+    assert try_all(fetches("a"), here, lambda: try_all(fetches("b"), here)) == ("a", None, ("b", None))
+    assert asked == ["a?", "here", "b?", "here", "a?", "a", "b?", "here", "b?", "b"]
+    asked.clear()
+    with pytest.raises(UserError, match=r"^wrong$"):
+        try_all(fetches("a"), lambda: here("wrong"))
+    assert asked == ["a?", "here"]
+    asked.clear()
+    with pytest.raises(UserError, match=r"^no such set$"):
+        try_all(fetches("a", "no such set"), fetches("b"))
+    assert asked == ["a?", "b?", "a?", "a", "b?"]
+    asked.clear()
+    monkeypatch.setattr(errors, "_fetches", False)
+    with pytest.raises(NotLookedAtError):
+        try_all(here, fetches("a"))
+    assert asked == ["here", "a?"]
+    with pytest.raises(UserError, match=r"^2 problems:\n  - 1\n  - 2$"):
+        try_all(lambda: here("1"), fetches("a"), lambda: here("2"))
+    assert errors._fetches is False
+
+
+def test_many_problems_of_several_files_are_counted():
+    """Each file's first ones, and how many more it has."""
+    with pytest.raises(UserError) as error:
+        try_all(*(lambda of=of: raise_all(first_of([f"{of} {n}" for n in range(25)], of, "see all")) for of in "ab"))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "50 problems:"
+    assert lines[20:22] == ["  - a 19", "  - and 5 more of a: see all"]
+    assert lines[-1] == "  - and 5 more of b: see all"
+    assert len(lines) == 43
+    assert first_of(["1", "2", "3"], most=2) == ["1", "2", "and 1 more examples"]
+    assert first_of(["1", "2"], most=2) == ["1", "2"]
 
 
 def test_what_is_undone_when_a_script_fails(monkeypatch):

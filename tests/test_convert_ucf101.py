@@ -40,7 +40,7 @@ def number_of(image):
 
 
 def make_video(
-    frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", placeholders_at=(), padding=0, keys=None
+    frames, codec="mpeg4", b_frames=0, steps=(1,), container="avi", placeholders_at=(), padding=0, keys=None, noise=1
 ):
     """The bytes of a video of numbered frames.
 
@@ -49,7 +49,9 @@ def make_video(
         placeholders_at: before which packets a packet stands that holds a frame's place, but none.
         padding: of such a packet, in bytes.
         keys: every how many frames a keyframe stands; None: where the encoder wants one.
+        noise: how many values a pixel's may lie apart, anew in every frame; 1 for none.
     """
+    random = np.random.default_rng(0)
     content = io.BytesIO()
     with av.open(content, "w", format=container) as output:
         stream = output.add_stream(codec, rate=25)
@@ -57,13 +59,16 @@ def make_video(
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 25)
         stream.codec_context.max_b_frames = b_frames
+        if noise > 1:
+            stream.codec_context.bit_rate = 5_000_000  # what a packet of so little needs is more than a placeholder's
         if keys is not None:
             stream.codec_context.gop_size = keys
             stream.codec_context.options = {"sc_threshold": "1000000000"}  # none where the scene changes
         stream.codec_context.thread_count = 4  # a frame's slices, and so its bytes, on any number of cores
         packets, moment = [], 0
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
+            pixels = numbered(number) // 2 + random.integers(0, noise, (HEIGHT, WIDTH, 1), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels if noise > 1 else numbered(number), format="rgb24")
             frame.pts, frame.time_base = moment, Fraction(1, 25)
             moment += steps[number % len(steps)]
             packets += stream.encode(frame)
@@ -305,6 +310,24 @@ def test_packets_before_a_keyframe_are_passed_over(tmp_path, monkeypatch, keys, 
     path = tmp_path / "v.avi"
     path.write_bytes(make_video(160, keys=keys))  # the frames 0, 20, 40, ..., 140
     assert decoded_packets(path, monkeypatch) == number
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "msmpeg4", "wmv2", "libx264"])
+def test_keyframes_that_are_none(tmp_path, codec):
+    """An index that calls every frame one, and a codec whose packets are not looked into: then all is decoded."""
+    content = bytearray(make_video(160, codec=codec, keys=1000, noise=60))
+    index = content.rindex(b"idx1")
+    entries = range(index + 8, index + 8 + int.from_bytes(content[index + 4 : index + 8], "little"), 16)
+    assert len(entries) == 160
+    for entry in entries:
+        content[entry + 4] |= 0x10
+    path = tmp_path / "v.avi"
+    path.write_bytes(content)
+    if codec in ("msmpeg4", "wmv2"):
+        with av.open(str(path)) as container:
+            assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
+    images = convert_ucf101.read_frames(path, 8)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in naive(path)]
 
 
 def decoded_packets(path, monkeypatch):

@@ -15,9 +15,9 @@ from common.data import (
     ExampleDataset,
     ExampleKey,
     ImageFinder,
-    cell_of,
     check_answers,
     decode_image,
+    fingerprint,
     gather_in_order,
     load_rows,
     number_pictures,
@@ -617,8 +617,11 @@ def texts_of(record, place):
     """A row of a line that holds its own `id` and `text`; those of absent pictures have `image` false."""
     if "text" not in record:
         raise UserError(f"{place}: needs text")
-    cell = cell_of(Path(place.partition(", line")[0]) if record.get("image", True) else None, place, record["id"])
-    return {"id": record["id"], "images": [cell], "texts": [{"user": record["text"], "assistant": "yes"}]}
+    image = Path(place.partition(", line")[0]) if record.get("image", True) else None
+    if record.get("image") == "long":
+        image = image / (("a" * 200 + "/") * 30)
+    texts = [{"user": record["text"], "assistant": "yes"}]
+    return {"id": record["id"], "pair": record["id"], "images": [image], "texts": texts}
 
 
 BAD_LINES = '{"id": "a", "text": "1"}\n{broken\n{"id": "b", "text": "2", "image": false}\n\n{"id": "c"}\n'
@@ -638,7 +641,8 @@ def test_all_bad_lines_of_a_file_are_told_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         rows_of_file(tmp_path, "train.json", texts_of)
     assert len(error.value.problems) == 21
-    assert error.value.problems[-1] == "and 5 more examples"
+    assert error.value.problems[-1] == f"and 5 more of {path}"
+    assert str(error.value).startswith("25 problems:\n")
 
 
 @pytest.mark.parametrize("skip_missing", [None, True])
@@ -669,10 +673,47 @@ def test_lines_of_one_id_make_one_row(tmp_path):
         '{"id": "a", "text": "1"}\n{"id": "b", "text": "2"}\n{"id": "a", "text": "3"}\n'
     )
     of_rows = [
-        [[text["user"] for text in row["texts"]] for row in rows_of_file(tmp_path, "train.json", texts_of, merge=merge)]
-        for merge in (False, True)
+        [
+            [text["user"] for text in row["texts"]]
+            for row in rows_of_file(tmp_path, "train.json", texts_of, merge_by=merge_by)
+        ]
+        for merge_by in (None, "pair")
     ]
     assert of_rows == [[["1"], ["2"], ["3"]], [["1", "3"], ["2"]]]
+
+
+def test_with_its_picture_mended_it_is_the_same_run(tmp_path):
+    """As many rows, in the same order, of the same texts, wherever the folder lies: what resuming compares."""
+    prints = []
+    for folder, lines in (
+        ("with", '{"id": "a", "text": "1"}\n{"id": "b", "text": "2"}\n{"id": "a", "text": "3"}\n{broken\n'),
+        (
+            "without",
+            '{"id": "a", "text": "1", "image": false}\n{"id": "b", "text": "2", "image": false}\n'
+            '{"id": "a", "text": "3", "image": false}\n{broken\n',
+        ),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.json").write_text(lines)
+        rows = rows_of_file(tmp_path / folder, "train.json", texts_of, "skip", merge_by="pair")
+        assert len(rows) == 3
+        prints.append(fingerprint(rows))
+    assert prints[0] == prints[1]
+    for index, message in ((0, "line 1: a: its image is missing"), (1, "line 2: b: its image is missing")):
+        with pytest.raises(UserError, match=message):
+            rows[index]
+
+
+def test_a_path_that_no_file_can_have_is_told_with_its_line(tmp_path):
+    """Too long as a whole, though each of its parts is not."""
+    path = tmp_path / "train.json"
+    path.write_text('{"id": "a", "text": "1"}\n{"id": "b", "text": "2", "image": "long"}\n')
+    with pytest.raises(UserError, match=f"^{path}, line 2: File name too long: {path}/aaa"):
+        rows_of_file(tmp_path, "train.json", texts_of)
+    rows = rows_of_file(tmp_path, "train.json", texts_of, "skip")
+    assert rows[0]["texts"][0]["user"] == "1"
+    with pytest.raises(UserError, match="line 2: File name too long"):
+        rows[1]
 
 
 def test_lines_that_mean_two_things(tmp_path):

@@ -415,5 +415,9 @@ def test_checkpoints_that_are_none(tmp_path, adapter, monkeypatch):
         run_predict(monkeypatch, "--checkpoint", tmp_path, "--question", "What?")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/base"}))
+    # what is here comes first: nothing is fetched for an adapter that cannot be used
+    with pytest.raises(UserError, match=r" is an adapter without adapter_model.safetensors$"):
+        run_predict(monkeypatch, "--checkpoint", tmp_path, "--question", "What?")
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
     with pytest.raises(UserError, match=r"^--checkpoint gone/base could not be fetched"):
         run_predict(monkeypatch, "--checkpoint", tmp_path, "--question", "What?")

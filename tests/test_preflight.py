@@ -1,9 +1,11 @@
 """What is checked before weights are loaded: each check on good data and on what it is there for."""
 
+import contextlib
 import functools
 import importlib.metadata
 import io
 import itertools
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -17,8 +19,9 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from transformers import set_seed
 
-from common import memory, preflight, training
-from common.cli import LOCK, make_parser, parse_options
+from common import data, memory, preflight, training
+from common.checkpoints import STAGES
+from common.cli import BAD_EXAMPLES, LOCK, make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
@@ -200,6 +203,117 @@ def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch, cap
     assert [problem.index for problem in dataset.measured[1].problems] == [UNSEEN]
 
 
+def test_too_many_bad_examples_of_packed_runs_are_noted(tmp_path):
+    """All of them, in the file that a run leaves; mended, or with a higher fraction, the same command goes on."""
+    words, broken = ("--max_tokens_per_gpu", 4000, "--bad_examples", "skip"), range(100, 130)
+    options, with_more = (options_of(tmp_path, *words, "--max_bad_fraction", most) for most in (0.01, 0.15))
+    with pytest.raises(UserError, match=r"^30 of 200 examples are bad, more than --max_bad_fraction 0.01 allows"):
+        preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), options)
+    lines = [json.loads(line) for line in (tmp_path / BAD_EXAMPLES).read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(broken)
+    preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), with_more)
+    preflight.preflight(dataset_of(200, no_header=broken[:2]), processor_of_demo(), options)
+    assert len((tmp_path / BAD_EXAMPLES).read_text().splitlines()) == 2
+
+
+def sampled_of(size):
+    """Of so many examples those that are in the sample."""
+    return {round(number * (size - 1) / (preflight.SAMPLE - 1)) for number in range(preflight.SAMPLE)}
+
+
+@pytest.mark.parametrize("packing", [(), ("--max_tokens_per_gpu", 4000)], ids=["unpacked", "packed"])
+def test_every_picture_is_decoded_before_weights_are_loaded(packing, tmp_path, capsys):
+    """Damage beyond the sample, which headers do not show, is told at once; unless it is to be left out, or resumed."""
+    damaged = {"broken": [UNSEEN, 150]}
+
+    def look(*words, resume_from=None, **faults):
+        options = options_of(tmp_path, *packing, "--num_workers", 2, *words)
+        options.resume_from = resume_from
+        capsys.readouterr()
+        preflight.preflight(dataset_of(200, **faults), processor_of_demo(), options)
+        return capsys.readouterr()
+
+    with pytest.raises(UserError) as raised:
+        look(**damaged)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "2 problems:"
+    assert [line.split(":")[0] for line in lines[1:]] == [f"  - pages, row {row}" for row in damaged["broken"]]
+    assert raised.value.everywhere
+    unseen = sorted(set(range(200)) - sampled_of(200))
+    with pytest.raises(UserError, match=f"and {len(unseen) - MOST_PROBLEMS} more examples"):
+        look(broken=unseen)
+    with pytest.raises(UserError, match=f"^pages, row {UNSEEN}: [0-9]+ tokens, the model takes 131072: "):
+        look(long=[UNSEEN])
+    told = look()
+    assert told.out.splitlines()[1:] == ["checked: the pictures of 200 examples"]
+    assert "check pictures: 200 of 200 examples" in told.err
+    for words, interrupted in (
+        (("--no-check_images",), None),
+        (("--bad_examples", "skip"), None),
+        ((), tmp_path / "checkpoint-5"),
+    ):
+        assert "checked: the pictures" not in look(*words, resume_from=interrupted, **damaged).out, words
+    options = options_of(tmp_path, *packing)
+    (tmp_path / STAGES).write_text(json.dumps({training.SAVED: {}}))  # a run that has only to be evaluated
+    preflight.preflight(dataset_of(200, **damaged), processor_of_demo(), options)
+
+
+def test_pictures_of_the_sample_are_not_decoded_again(tmp_path, capsys):
+    preflight.preflight(dataset_of(preflight.SAMPLE), processor_of_demo(), options_of(tmp_path))
+    assert "the pictures of" not in capsys.readouterr().out
+
+
+def test_a_picture_of_several_questions_is_decoded_once(monkeypatch):
+    """As long as it was seen lately."""
+    decoded = []
+    open_pixels = data.open_pixels
+    monkeypatch.setattr(
+        data, "open_pixels", lambda content, path: decoded.append(content) or open_pixels(content, path)
+    )
+    pictures = [encoded_picture(), encoded_picture() + b"of another one", encoded_picture(), encoded_picture()]
+    opener = data.WholeOnce()
+    assert [opener(picture, None).size for picture in pictures] == [(64, 48)] * 4
+    assert decoded == pictures[:2]
+    for _ in range(2):  # damage is seen every time
+        with pytest.raises(OSError, match="truncated"):
+            opener(encoded_picture(broken=True), None)
+    monkeypatch.setattr(data, "SEEN_LATELY", 1)
+    decoded.clear()
+    opener = data.WholeOnce()
+    for picture in pictures:
+        opener(picture, None)
+    assert decoded == pictures[:3]
+
+
+@pytest.mark.parametrize("packing", [(), ("--max_tokens_per_gpu", 4000)], ids=["unpacked", "packed"])
+def test_of_a_short_run_the_pictures_drawn_are_decoded(packing, tmp_path):
+    """Of a dry run all; where rows are packed all are looked at anyway, to be measured."""
+    size, words = 200, ("--batch_size", 16, "--max_steps", 3, "--seed", 3)
+    options = options_of(tmp_path, *words)
+    batches = training.GlobalBatchSampler(size, 16, 4, 0, 1, 3)
+    drawn = sorted(key.index for keys in itertools.islice(batches, 3 * 16 // 4) for key in keys)
+    assert training.indices_drawn(size, options) == drawn
+    seen, missed = (min(set(those) - sampled_of(size)) for those in (drawn, set(range(size)) - set(drawn)))
+    for wrong, extra, found in ((seen, (), True), (missed, (), bool(packing)), (missed, ("--dry_run",), True)):
+        options = options_of(tmp_path, *words, *packing, *extra)
+        with pytest.raises(UserError, match=f"^pages, row {wrong}: ") if found else contextlib.nullcontext():
+            preflight.preflight(dataset_of(size, broken=[wrong]), processor_of_demo(), options)
+
+
+def test_what_a_short_run_draws_in_several_epochs(tmp_path):
+    for steps in (1, 2, 3, 4, 9):
+        options = options_of(tmp_path, "--batch_size", 4, "--max_steps", steps, "--seed", 1)
+        batches, drawn, step = training.GlobalBatchSampler(10, 4, 2, 0, 1, 1), set(), 0
+        for epoch in range(4):
+            batches.set_epoch(epoch)
+            keys = list(batches)
+            for start in range(0, len(keys), 2):
+                drawn |= {key.index for key in keys[start] + keys[start + 1]} if step < steps else set()
+                step += 1
+        assert list(training.indices_drawn(10, options)) == sorted(drawn), steps
+    assert training.indices_drawn(10, options_of(tmp_path)) == range(10)
+
+
 def write_nothing(*arguments):
     raise OSError("no room")
 
@@ -316,9 +430,11 @@ def test_of_many_bad_examples_some_are_told(tmp_path):
 def test_when_time_is_up_headers_are_read(tmp_path, monkeypatch, capsys):
     """But the first example is encoded in any case, as it is for training."""
     monkeypatch.setattr(preflight, "SECONDS", -1)
-    preflight.preflight(dataset_of(broken=[3]), processor_of_demo(), options_of(tmp_path))
+    preflight.preflight(dataset_of(broken=[3]), processor_of_demo(), options_of(tmp_path, "--no-check_images"))
     assert "10 of 10 examples (0 decoded)" in capsys.readouterr().out
     assert problem_of(dataset_of(broken=[0]), options_of(tmp_path)).startswith("pages, row 0: the image")
+    # those that there was no time for are decoded when all are
+    assert problem_of(dataset_of(broken=[3]), options_of(tmp_path)).startswith("pages, row 3: the image")
 
 
 # --- memory
@@ -563,7 +679,10 @@ def test_option_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
 
 
 def one_of_two(rank, folder, port):
-    """A bad picture in the second process's share, an old library on the second process's machine."""
+    """A bad picture in the second process's share, an old library on the second process's machine.
+
+    Then one beyond the sample in either process's share of the whole.
+    """
     torch.set_num_threads(1)  # as in a loader's forked workers
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     options = options_of(folder)
@@ -574,6 +693,11 @@ def one_of_two(rank, folder, port):
         preflight.preflight(dataset_of(broken=[3]), processor_of_demo(), options)
     assert raised.value.everywhere
     (folder / f"told_{rank}").write_text(str(raised.value))
+    importlib.metadata.version = installed
+    with pytest.raises(UserError) as raised:
+        preflight.preflight(dataset_of(200, broken=[UNSEEN, 150]), processor_of_demo(), options)
+    assert raised.value.everywhere
+    (folder / f"beyond_{rank}").write_text(str(raised.value))
     dist.destroy_process_group()
 
 
@@ -585,3 +709,6 @@ def test_every_process_raises_the_problems_of_all(tmp_path):
     assert lines[0] == "2 problems:"
     assert lines[1].startswith("  - pages, row 3: the image")
     assert lines[2].startswith("  - process 1: accelerate 1.0 is installed, accelerate>=1.15 is needed")
+    first, second = ((tmp_path / f"beyond_{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert [line.split(":")[0] for line in first.splitlines()[1:]] == ["  - pages, row 1", "  - pages, row 150"]

@@ -101,7 +101,7 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
         monkeypatch.setattr(ucf101, name, lambda *ignored: None)
     monkeypatch.setattr(ucf101, "longest_sequence", lambda options: 900)
     monkeypatch.setattr(ucf101, "load_model", lambda *ignored: pytest.fail("before the weights are loaded"))
-    message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens at num_crops=1, the model takes 900: lower --num_crops"
+    message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens, the model takes 900: lower --num_crops"
     with pytest.raises(UserError, match=message):
         ucf101.main()
 

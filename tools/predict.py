@@ -34,7 +34,6 @@ from common.cli import MAX_NUM_CROPS, choose_precision, revision_problems
 from common.collation import Example
 from common.conversations import (
     CONTROL,
-    MOST_PROBLEMS,
     Conversations,
     Line,
     find_problems,
@@ -46,7 +45,7 @@ from common.conversations import (
     read_lines,
 )
 from common.data import decode_image
-from common.errors import UserError, raise_all, run
+from common.errors import UserError, first_of, raise_all, run
 from common.evaluation import LOOK_AHEAD, MAX_NEW_TOKENS, generate_answers
 from common.files import read_json
 from common.loading import (
@@ -281,7 +280,7 @@ def check_faults(options: argparse.Namespace, bad: Sequence[Question], count: in
     if named and options.bad_examples == "stop":
         raise UserError(
             f"{len(named)} of {count} lines cannot be asked; mend them, or leave them out with --bad_examples skip:\n"
-            + "\n".join(f"  - {one}" for one in named[:MOST_PROBLEMS])
+            + "\n".join(f"  - {one}" for one in first_of(named, str(options.data)))
         )
     for one in named:
         print(f"left out: {one}", file=sys.stderr)
