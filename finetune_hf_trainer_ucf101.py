@@ -101,8 +101,8 @@ def main() -> None:
     examples = functools.partial(make_example, train_data)
     dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
     limit, checked = longest_sequence(options), filter(None, (eval_data, train_data))
-    lengths = [functools.partial(check_lengths, data, processor, limit) for data in checked]
-    try_all(lambda: preflight(dataset, processor, options), *lengths)
+    try_all(*(functools.partial(check_lengths, data, processor, limit) for data in checked))
+    preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
 
     before = once(evaluate, model, processor, eval_data, classes, options, "eval_before")

@@ -310,8 +310,9 @@ def parse_options(
 def _unknown_option_problems(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     if not words:
         return []
-    known = [name for name in parser._option_string_actions if name.startswith("--")]
-    near = [name for word in words for name in difflib.get_close_matches(word.partition("=")[0], known, 1)]
+    known = [name for name in parser._option_string_actions if name.startswith("--") and name != "--help"]
+    given = [word.partition("=")[0] for word in words if word.startswith("-")]
+    near = [name for word in given for name in difflib.get_close_matches(word, known, 1)]
     meant = f"; meant may be {', '.join(dict.fromkeys(near))}" if near else ""
     return [f"{' '.join(words)}: there is no such option (--help lists them{meant})"]
 
@@ -582,7 +583,7 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
             return [f"--resume {options.resume}: it is auto, never, or the folder of a checkpoint, and there is none"]
     # Only the first process looks: by the time another one does, the run itself may have begun to write.
     if is_first_process() and not options.overwrite and not options.restarted:
-        found = [file.name for file in files_of_run(folder)]
+        found = [file.name for file in files_of_run(folder) if file.name != BAD_EXAMPLES]  # which alone is no run's
         if found and (options.resume == "never" or RUN_RECORD not in found):
             return [
                 f"--output_dir {folder} holds a run ({', '.join(found)}) that is not gone on with: "

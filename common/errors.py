@@ -30,6 +30,7 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|killed by signal: Killed",
     re.IGNORECASE,
 )
+LOOKING = "looking"
 MOST_PROBLEMS = 20  # of examples, in one message
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -224,11 +225,11 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
             if isinstance(error, NotWrittenError):
                 remedy = "see that there is room on that disk and that it works, then start the same command again"
                 error = UserError(f"{error}: {remedy}", everywhere=True)
+            if not dist.is_initialized():
+                _wait_for_the_one_that_tells()
             if _tells(error):
                 error = _with_later_problems(error, checks)
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            elif not dist.is_initialized():
-                time.sleep(SECONDS_FOR_THE_FIRST)  # the one that tells looks at the rest first
             _end(str(error), 2)
         except Exception as error:
             if is_out_of_memory(error):
@@ -269,6 +270,21 @@ def _with_later_problems(error: UserError, checks: Sequence[Callable[[argparse.N
         raise_all(problems, error.everywhere)
     except UserError as whole:
         return whole
+
+
+def _wait_for_the_one_that_tells() -> None:
+    """Before the processes are joined a node's first one looks at the rest, and would be ended by another's end.
+
+    It leaves a mark beside the file for torchrun's summary, which each has in a folder of its own; its end ends these.
+    """
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return
+    rank, began = os.environ.get("LOCAL_RANK", "0"), time.monotonic()
+    mark = Path(file).parent.with_name("0") / LOOKING
+    if rank == "0":
+        mark.touch()
+    while rank != "0" and (mark.exists() or time.monotonic() - began < SECONDS_FOR_THE_FIRST):
+        time.sleep(0.1)
 
 
 def _tells(error: UserError) -> bool:

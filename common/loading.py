@@ -58,12 +58,15 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         _check_files(base)
         _read_processor(base, revision)
 
-    try_all(check_base, lambda: _check_adapter(adapter, stored, options))
+    def check_weights() -> None:
+        if not Path(options.model_name_or_path).exists():
+            about_to_fetch()
+        _names_in_adapter(options.model_name_or_path, options.revision)
+
+    try_all(lambda: _check_training_further(adapter, stored, options), check_weights, check_base)
 
 
-def _check_adapter(adapter: Path, stored: dict[str, Any], options: argparse.Namespace) -> None:
-    """Its own files, and the options to train it further."""
-    _names_in_adapter(options.model_name_or_path, options.revision)
+def _check_training_further(adapter: Path, stored: dict[str, Any], options: argparse.Namespace) -> None:
     # an adapter is evaluated in the precision of adapter training
     options.use_lora = True
     options.method = "qlora" if options.use_qlora else "lora"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,19 +78,25 @@ class _Lengths(torch.utils.data.Dataset):
     """Of every example the tokens up to its last picture's, and all.
 
     Args:
-        epochs: for which it is drawn.
+        epochs_of: an example's number -> the epochs in which it is drawn.
         decodes: pictures are decoded, each once; else only their headers are read.
     """
 
-    def __init__(self, dataset: ExampleDataset, processor: Phi3VProcessor, epochs: int, decodes: bool) -> None:
-        self.dataset, self.epochs = dataset, epochs
+    def __init__(
+        self,
+        dataset: ExampleDataset,
+        processor: Phi3VProcessor,
+        epochs_of: Callable[[int], Iterable[int]],
+        decodes: bool,
+    ) -> None:
+        self.dataset, self.epochs_of = dataset, epochs_of
         self.opener = WholeOnce() if decodes else open_header
         self.counting = counting_processor(processor)
 
     def __getitem__(self, index: int) -> tuple[int, int] | Problem:
         lengths = []
         with opening_images_by(functools.cache(self.opener)):
-            for epoch in range(self.epochs):  # what is drawn for it, and so its length, may differ
+            for epoch in self.epochs_of(index):  # what is drawn for it, and so its length, may differ
                 try:
                     lengths.append(self._measure(index, epoch))
                 except UserError as error:
@@ -127,28 +133,29 @@ def _look_at(
 
 
 def check_examples(
-    indices: Sequence[int],
+    drawn: Mapping[int, Iterable[int]],
     dataset: ExampleDataset,
     processor: Phi3VProcessor,
-    epochs: int,
     rank: int,
     world: int,
     num_workers: int,
     shows_progress: bool = False,
+    decodes: bool = True,
 ) -> None:
-    """Make examples as the run will, their pictures decoded and their tokens counted; of each a process has its share.
+    """Make examples as the run will and count their tokens; of them a process has its share.
 
     Args:
-        indices: of the examples.
-        epochs: of the run.
+        drawn: the examples' numbers, each with the epochs in which it is drawn.
         rank, world: this process and how many there are.
         num_workers: loader processes.
         shows_progress: the first process's, over its share.
+        decodes: every picture is decoded; else only headers are read.
 
     Raises:
         UserError: on every process, with the first 20 examples that cannot be made or are too long.
     """
-    seen = _look_at(indices[rank::world], _Lengths(dataset, processor, epochs, True), num_workers, shows_progress)
+    lengths = _Lengths(dataset, processor, drawn.__getitem__, decodes)
+    seen = _look_at(list(drawn)[rank::world], lengths, num_workers, shows_progress)
     own = [one for one in seen if isinstance(one, Problem)]
     problems = sorted({one for share in together(lambda: own) for one in share})
     raise_all(first_of([one.text for one in problems]), everywhere=True)
@@ -184,7 +191,7 @@ def measure_questions(
     Raises:
         UserError: an example that cannot be made, unless such are skipped.
     """
-    lengths_of = _Lengths(dataset, processor, epochs, decodes)
+    lengths_of = _Lengths(dataset, processor, lambda index: range(epochs), decodes)
     of_share = list(_look_at(range(rank, len(dataset), world), lengths_of, num_workers, shows_progress))
     measured = gather_in_order(of_share, world)
     problems = [one for one in measured if isinstance(one, Problem)]

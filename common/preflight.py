@@ -66,15 +66,12 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     base, revision = checkpoint_of(options.model_name_or_path, options.revision)
     config = Phi3VConfig.from_pretrained(base, revision=revision)
     facts, shared, longest = ["libraries"], [], Look([])
-    # what an interrupted run goes on with, it has looked at before; bad ones that are left out are found when drawn
-    checks_images = options.check_images and options.resume_from is None and options.bad_examples == "stop"
     own = version_problems(options)  # a process's own problems, beside those that are anybody's
     if dataset is not None:
         looks = together(lambda: look_at_examples(dataset, processor, config.max_position_embeddings))
         longest = max(looks, key=lambda look: look.tokens)
         found = [problem for look in looks for problem in look.problems]
         number, decoded = (sum(getattr(look, name) for look in looks) for name in ("examples", "decoded"))
-        checks_images &= decoded < len(dataset)
         facts.append(f"{number} of {len(dataset)} examples ({decoded} decoded), of up to {longest.tokens} tokens")
         if options.bad_examples == "skip":
             facts += [f"{len(found)} of them bad"] if found else []
@@ -99,7 +96,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     raise_all(list(problems), everywhere=True)  # so that the first process tells
     say(f"checked: {'; '.join(facts)}")
     if dataset is not None:
-        look_at_all(dataset, processor, options, config, checks_images)
+        look_at_all(dataset, processor, options, config, number, decoded)
 
 
 def version_problems(options: argparse.Namespace) -> list[str]:

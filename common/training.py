@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import os
 import resource
@@ -47,7 +48,7 @@ from .checkpoints import (
     record_of,
     remove_incomplete,
 )
-from .cli import LOCK, RUN_RECORD, deepspeed_file, files_of_run
+from .cli import BAD_EXAMPLES, LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context
 from .errors import (
@@ -182,6 +183,8 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
             if path.parent != folder and not any(path.parent.iterdir()):
                 path.parent.rmdir()
+        if not options.eval_only and not (folder / RUN_RECORD).exists():
+            (folder / BAD_EXAMPLES).unlink(missing_ok=True)  # of a run that was refused
         if not options.eval_only and not options.restarted:
             (folder / LOCK).write_text(launcher() or "", encoding="utf-8")  # the lock is on the file as opened before
         (folder / SHARED_MARK).touch()
@@ -198,12 +201,14 @@ def forget_unbegun(options: argparse.Namespace) -> None:
     """Of a run that ends before it has done anything, remove the records (first process).
 
     Else other options, which its error may ask for, would be refused as those of another run. Pictures that an
-    evaluation has kept for the report are nothing without it.
+    evaluation has kept for the report are nothing without it. The list of bad examples is for the user to read.
     """
     begun = [] if options.eval_only else files_of_run(options.output_dir)
-    if all(file.name in (RUN_RECORD, RUN_FACTS) or file.parent.name == PICTURES for file in begun):
+    records = (RUN_RECORD, RUN_FACTS, BAD_EXAMPLES)
+    if all(file.name in records or file.parent.name == PICTURES for file in begun):
         for file in begun:
-            file.unlink()
+            if file.name != BAD_EXAMPLES:
+                file.unlink()
         with contextlib.suppress(OSError):
             (options.output_dir / PICTURES).rmdir()
     if options.dry_run:
@@ -630,15 +635,17 @@ def look_at_all(
     processor: Phi3VProcessor,
     options: argparse.Namespace,
     config: Phi3VConfig,
-    checks_images: bool,
+    looked_at: int = 0,
+    decoded: int = 0,
 ) -> None:
     """Look at every example that the run will draw, before weights are loaded (together).
 
-    Of a run that has been trained already none is.
+    None is where the run has been trained already. Where rows are not packed, and so need not be measured, none is
+    either where it goes on from a checkpoint, or leaves bad examples out, for it does so when they are drawn.
 
     Args:
         dataset: where rows are packed it gets what `make_batches` needs; for that all examples are measured.
-        checks_images: all pictures are decoded, too.
+        looked_at, decoded: of how many examples what is drawn in the first epoch has been measured, and decoded.
 
     Raises:
         UserError: an example that cannot be made or that is too long, unless such are left out, which is noted in the
@@ -647,41 +654,43 @@ def look_at_all(
     if on_first(lambda: SAVED in (read_json(options.output_dir / STAGES) or {})):
         return
     dataset.max_tokens, dataset.skips_bad = config.max_position_embeddings, options.bad_examples == "skip"
-    epochs = _epochs(len(dataset), options)
-    how = (epochs, *rank_and_world(), options.num_workers, options.tqdm)
-    if not options.packs:
-        if checks_images:
-            indices = indices_drawn(len(dataset), options)
-            check_examples(indices, dataset, processor, *how)
-            say(f"checked: the pictures of {len(indices)} examples")
+    size, epochs = len(dataset), _epochs(len(dataset), options)
+    begins = options.resume_from is None and not dataset.skips_bad
+    decodes = begins and options.check_images and decoded < size
+    how = (*rank_and_world(), options.num_workers, options.tqdm, decodes)
+    if options.packs:
+        questions = measure_questions(dataset, processor, config.original_max_position_embeddings, epochs, *how)
+        if options.max_tokens_per_gpu is not None:
+            check_fits(questions, options.max_tokens_per_gpu)
+        if dataset.skips_bad:
+            bad_examples = bad_examples_of(dataset, options)
+            bad_examples.add(questions.problems, step=0)
+            bad_examples.check()
+        dataset.measured = epochs, questions
+    elif begins and (decodes or looked_at < size or epochs > 1):
+        drawn = examples_drawn(size, options)
+        size = len(drawn)
+        check_examples(drawn, dataset, processor, *how)
+    else:
         return
-    questions = measure_questions(dataset, processor, config.original_max_position_embeddings, *how, checks_images)
-    if options.bad_examples == "skip":
-        bad_examples = bad_examples_of(dataset, options)
-        bad_examples.add(questions.problems, step=0)
-        bad_examples.check()
-    if options.max_tokens_per_gpu is not None:
-        check_fits(questions, options.max_tokens_per_gpu)
-    dataset.measured = epochs, questions
-    if checks_images:
-        say(f"checked: the pictures of {len(dataset)} examples")
+    say(f"checked: the {'pictures and the ' if decodes else ''}lengths of {size} examples")
 
 
-def indices_drawn(size: int, options: argparse.Namespace) -> Sequence[int]:
-    """Which of so many examples an unpacked run draws, `--max_steps` considered; of a dry run all that may be."""
+def examples_drawn(size: int, options: argparse.Namespace) -> dict[int, Sequence[int]]:
+    """Of so many examples those that an unpacked run draws, `--max_steps` considered, and in which epochs.
+
+    Of a dry run all that may be drawn.
+    """
     if not options.max_steps or options.dry_run:
-        return range(size)
+        return dict.fromkeys(range(size), range(_epochs(size, options)))
     batches = GlobalBatchSampler(size, options.batch_size, options.batch_size, 0, 1, options.seed)
-    drawn: set[int] = set()
-    for step in range(options.max_steps):
-        epoch, within = divmod(step, len(batches))
-        if within == 0:
-            batches.set_epoch(epoch)
-            of_epoch = iter(batches)
-        drawn.update(key.index for key in next(of_epoch))
-        if len(drawn) == size:
-            break
-    return sorted(drawn)
+    drawn: dict[int, list[int]] = {}
+    for epoch in range(_epochs(size, options)):
+        batches.set_epoch(epoch)
+        for keys in itertools.islice(batches, options.max_steps - epoch * len(batches)):
+            for index in {key.index for key in keys}:
+                drawn.setdefault(index, []).append(epoch)
+    return dict(sorted(drawn.items()))
 
 
 def make_batches(

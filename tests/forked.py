@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -43,7 +44,11 @@ def fork(
     variables = {}
     if world:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        errors = Path(f"{log}.errors") / str(rank)
+        shutil.rmtree(errors, ignore_errors=True)
+        errors.mkdir(parents=True)
         variables = {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables["TORCHELASTIC_ERROR_FILE"] = errors / "error.json"
     variables = {name: str(value) for name, value in variables.items()}
     words = [str(script), *map(str, arguments)]
     process = CONTEXT.Process(target=_run, args=(words, str(log), variables, environment))

@@ -42,14 +42,16 @@ def run_script(
         environment.pop(name, None)
     words = [str(script), *map(str, arguments)]
     if not fresh:
-        with tempfile.NamedTemporaryFile(suffix=".log") as log:
-            shared = {"log": Path(log.name), "world": processes, "port": free_port(), "environment": environment}
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            log.touch()
+            shared = {"log": log, "world": processes, "port": free_port(), "environment": environment}
             started = [fork(*words, rank=rank, **shared) for rank in range(processes or 1)]
             try:
                 code = end_of_all(started, timeout)
             except TimeoutError as error:
-                raise subprocess.TimeoutExpired(words, timeout, Path(log.name).read_bytes()) from error
-            text = Path(log.name).read_text(encoding="utf-8", errors="replace")
+                raise subprocess.TimeoutExpired(words, timeout, log.read_bytes()) from error
+            text = log.read_text(encoding="utf-8", errors="replace")
         # torchrun's own code is 1 whatever its processes' are
         return subprocess.CompletedProcess(words, int(code != 0) if processes else code, text)
     launcher = [sys.executable]

@@ -7,6 +7,7 @@ import copy
 import importlib
 import re
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -484,12 +485,14 @@ def test_all_of_several_steps_are_told(capsys):
 
 def test_options_for_later_checks(monkeypatch, tmp_path):
     """Those that a problem names are unknown to them, and one that was likely meant; the rest is as given."""
-    given = ("--data_dir", "/no/such", "--optim", "sgd", "--num_crops", 99, "--seed", 7, "--huh", "--eval_splt", "test")
+    given = ("--data_dir", "/no/such", "--optim", "sgd", "--num_crops", 99, "--seed", 7)
+    given += ("--huh", "train_data", "--eval_splt", "test")
     with pytest.raises(OptionsError) as error:
         parse(monkeypatch, tmp_path, *given)
     assert len(error.value.problems) == 4
-    assert "--huh --eval_splt test: there is no such option (--help lists them; meant may be --eval_split)" in str(
-        error.value
+    assert (
+        "--huh train_data --eval_splt test: there is no such option (--help lists them; meant may be --eval_split)"
+        in str(error.value)
     )
     options = error.value.options
     assert (options.seed, options.output_dir, options.train_data) == (7, tmp_path / "out", None)
@@ -551,6 +554,27 @@ def test_what_is_here_is_looked_at_before_anything_is_fetched(monkeypatch):
     with pytest.raises(UserError, match=r"^2 problems:\n  - 1\n  - 2$"):
         try_all(lambda: here("1"), fetches("a"), lambda: here("2"))
     assert errors._fetches is False
+
+
+def test_others_wait_for_the_one_that_tells(monkeypatch, tmp_path):
+    """A node's first process may look at the rest for longer than the others would wait for one that does not come."""
+    monkeypatch.setattr(errors, "SECONDS_FOR_THE_FIRST", 0.2)
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    errors._wait_for_the_one_that_tells()  # not started by torchrun
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    errors._wait_for_the_one_that_tells()
+    (mark,) = (tmp_path / "0").iterdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waits = threading.Thread(target=errors._wait_for_the_one_that_tells)
+    waits.start()
+    waits.join(1)
+    assert waits.is_alive()
+    mark.unlink()
+    waits.join(10)
+    assert not waits.is_alive()
 
 
 def test_many_problems_of_several_files_are_counted():

@@ -210,6 +210,8 @@ def test_too_many_bad_examples_of_packed_runs_are_noted(tmp_path):
     with pytest.raises(UserError, match=r"^30 of 200 examples are bad, more than --max_bad_fraction 0.01 allows"):
         preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), options)
     lines = [json.loads(line) for line in (tmp_path / BAD_EXAMPLES).read_text().splitlines()]
+    training.forget_unbegun(options)  # other options may be tried, and the list read
+    assert options_of(tmp_path, *words, "--num_crops", 2, "--resume", "never").num_crops == 2
     assert [line["index"] for line in lines] == list(broken)
     preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), with_more)
     preflight.preflight(dataset_of(200, no_header=broken[:2]), processor_of_demo(), options)
@@ -242,17 +244,20 @@ def test_every_picture_is_decoded_before_weights_are_loaded(packing, tmp_path, c
     unseen = sorted(set(range(200)) - sampled_of(200))
     with pytest.raises(UserError, match=f"and {len(unseen) - MOST_PROBLEMS} more examples"):
         look(broken=unseen)
-    with pytest.raises(UserError, match=f"^pages, row {UNSEEN}: [0-9]+ tokens, the model takes 131072: "):
+    with pytest.raises(UserError, match=rf"^pages, row {UNSEEN}: [0-9]+ tokens, the model takes 131072: "):
         look(long=[UNSEEN])
     told = look()
-    assert told.out.splitlines()[1:] == ["checked: the pictures of 200 examples"]
+    assert told.out.splitlines()[1:] == ["checked: the pictures and the lengths of 200 examples"]
     assert "check pictures: 200 of 200 examples" in told.err
-    for words, interrupted in (
-        (("--no-check_images",), None),
-        (("--bad_examples", "skip"), None),
-        ((), tmp_path / "checkpoint-5"),
+    for words, interrupted, measures in (
+        (("--no-check_images",), None, True),
+        (("--bad_examples", "skip"), None, packing),
+        ((), tmp_path / "checkpoint-5", packing),
     ):
-        assert "checked: the pictures" not in look(*words, resume_from=interrupted, **damaged).out, words
+        told = look(*words, resume_from=interrupted, **damaged).out
+        assert told.splitlines()[1:] == (["checked: the lengths of 200 examples"] if measures else []), words
+    with pytest.raises(UserError, match=rf"^pages, row {UNSEEN}: [0-9]+ tokens, the model takes 131072: "):
+        look("--no-check_images", long=[UNSEEN])
     options = options_of(tmp_path, *packing)
     (tmp_path / STAGES).write_text(json.dumps({training.SAVED: {}}))  # a run that has only to be evaluated
     preflight.preflight(dataset_of(200, **damaged), processor_of_demo(), options)
@@ -260,7 +265,7 @@ def test_every_picture_is_decoded_before_weights_are_loaded(packing, tmp_path, c
 
 def test_pictures_of_the_sample_are_not_decoded_again(tmp_path, capsys):
     preflight.preflight(dataset_of(preflight.SAMPLE), processor_of_demo(), options_of(tmp_path))
-    assert "the pictures of" not in capsys.readouterr().out
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_picture_of_several_questions_is_decoded_once(monkeypatch):
@@ -292,7 +297,7 @@ def test_of_a_short_run_the_pictures_drawn_are_decoded(packing, tmp_path):
     options = options_of(tmp_path, *words)
     batches = training.GlobalBatchSampler(size, 16, 4, 0, 1, 3)
     drawn = sorted(key.index for keys in itertools.islice(batches, 3 * 16 // 4) for key in keys)
-    assert training.indices_drawn(size, options) == drawn
+    assert list(training.examples_drawn(size, options)) == drawn
     seen, missed = (min(set(those) - sampled_of(size)) for those in (drawn, set(range(size)) - set(drawn)))
     for wrong, extra, found in ((seen, (), True), (missed, (), bool(packing)), (missed, ("--dry_run",), True)):
         options = options_of(tmp_path, *words, *packing, *extra)
@@ -301,6 +306,7 @@ def test_of_a_short_run_the_pictures_drawn_are_decoded(packing, tmp_path):
 
 
 def test_what_a_short_run_draws_in_several_epochs(tmp_path):
+    """Each example in the epochs in which it is drawn, and in no other."""
     for steps in (1, 2, 3, 4, 9):
         options = options_of(tmp_path, "--batch_size", 4, "--max_steps", steps, "--seed", 1)
         batches, drawn, step = training.GlobalBatchSampler(10, 4, 2, 0, 1, 1), set(), 0
@@ -308,10 +314,31 @@ def test_what_a_short_run_draws_in_several_epochs(tmp_path):
             batches.set_epoch(epoch)
             keys = list(batches)
             for start in range(0, len(keys), 2):
-                drawn |= {key.index for key in keys[start] + keys[start + 1]} if step < steps else set()
+                of_step = keys[start] + keys[start + 1] if step < steps else []
+                drawn |= {(key.index, key.epoch) for key in of_step}
                 step += 1
-        assert list(training.indices_drawn(10, options)) == sorted(drawn), steps
-    assert training.indices_drawn(10, options_of(tmp_path)) == range(10)
+        found = training.examples_drawn(10, options)
+        assert [(index, epoch) for index, epochs in found.items() for epoch in epochs] == sorted(drawn), steps
+    options = options_of(tmp_path, "--num_train_epochs", 3)
+    assert training.examples_drawn(10, options) == dict.fromkeys(range(10), range(3))
+
+
+@pytest.mark.parametrize("packing", [(), ("--max_tokens_per_gpu", 4000)], ids=["unpacked", "packed"])
+def test_what_is_drawn_in_later_epochs_is_looked_at(packing, tmp_path):
+    """Also of a data set that is in the sample as a whole; and not what other epochs would draw."""
+
+    def make_by_chance(index, generator):
+        words = 200_000 if index == 3 and generator.random() < 0.5 else 1
+        return Example(f"row {index}", [Turn("word " * words, "yes")])
+
+    dataset = ExampleDataset(8, make_by_chance, processor_of_demo())
+    long_in = [epoch for epoch in range(9) if len(dataset.example(3, epoch).turns[0].user) > 9]
+    assert long_in
+    assert long_in[0] > 0
+    for epochs, found in ((long_in[0], False), (long_in[0] + 1, True)):
+        options = options_of(tmp_path, *packing, "--num_train_epochs", epochs)
+        with pytest.raises(UserError, match=r"^row 3: [0-9]+ tokens") if found else contextlib.nullcontext():
+            preflight.preflight(dataset, processor_of_demo(), options)
 
 
 def write_nothing(*arguments):
