@@ -1,11 +1,13 @@
 """Does the score suffer when the questions of a page come into one step? The same training with and without sharing.
 
-    python -m benchmarks.sharing_score
+    python -m benchmarks.sharing_score --task docvqa
+    python -m benchmarks.sharing_score --task nlvr2
 
-The demo's pairs of NLVR2, whose rows have one or two statements: once every statement by itself
-(`--separate_questions`), shuffled over the epoch, and once those of a pair behind one copy of it (`--share_images`).
-Data, statements per step, learning rate and number of seeds are the same, and so are the first 500 pairs, which are
-evaluated. Writes `benchmarks/results/sharing_score.json` and prints its table.
+On the demo's data: forms of three to six fields with a question about each, and pairs of pictures with one or two
+statements. Once every question is an example of its own, shuffled over the epoch, and once those of a page (a pair)
+stand behind one copy of it (`--share_images`). Data, questions per step, learning rate and seeds are the same, and so
+are the held-out rows that are evaluated. Writes the task's part of `benchmarks/results/sharing_score.json` and prints
+its table.
 """
 
 from __future__ import annotations
@@ -16,32 +18,85 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
+import numpy as np
 import torch
 
 from benchmarks.measuring import RESULTS, header, markdown, write_json
-from common.demo import CHECKPOINT, write_nlvr2
+from common.demo import CHECKPOINT, QUESTIONS, as_cell, digit_scans, random_document, write_docvqa, write_nlvr2
 from common.report import read_log
 
 REPOSITORY = Path(__file__).parent.parent
-WAYS = {"each statement by itself": "--separate_questions", "a pair's statements together": "--share_images"}
-# At once on a process, which is no part of what is compared: statements, and pairs. A CPU has a dense mask for sharing.
-AT_ONCE = {"each statement by itself": 8, "a pair's statements together": 1}
-# as `make demo TASK=nlvr2` has them
+APART, TOGETHER = "each by itself", "a picture's together"
+# as `make demo` has them
 OPTIONS = "--num_crops 1 --batch_size 16 --warmup_steps 10 --eval_batch_size_per_gpu 16"
-OPTIONS += " --num_workers 1 --no-gradient_checkpointing --num_train_epochs 1 --learning_rate 2e-3"
-OPTIONS += " --freeze_vision_model --no-report_images"
+OPTIONS += " --num_workers 1 --no-gradient_checkpointing --num_train_epochs 1 --no-report_images"
+# At once on a process, which is no part of what is compared: questions, and pictures (a dense mask on a CPU).
+AT_ONCE = {APART: 8, TOGETHER: 1}
 
 
-def train(data: Path, output: Path, way: str, seed: int, eval_limit: int) -> dict[str, Any]:
+class Task(NamedTuple):
+    """Of a task: what is compared, and how it is trained.
+
+    Attributes:
+        options: each way's own.
+        write: (folder, pictures to train on) -> the folder with the data.
+        train_pages: how many pictures, unless asked otherwise.
+    """
+
+    metric: str
+    questions: str
+    options: dict[str, str]
+    training: str
+    write: Callable[[Path, int], Path]
+    train_pages: int
+
+
+def write_forms(folder: Path, pages: int) -> Path:
+    """The demo's forms, a row for every field of a page: so each has three to six rows with the same picture."""
+    rows = []
+    for number in range(pages):
+        random = np.random.default_rng([1, number])
+        page = random_document(random, digit_scans("train"))
+        cell = as_cell(page.picture)
+        for label, value in page.lines:
+            question = QUESTIONS[random.integers(len(QUESTIONS))]["en"].format(label=label.lower())
+            rows.append({"image": cell, "query": {"en": question}, "answers": [value]})
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "query": {"en": text}, "answers": datasets.List(text)})
+    write_docvqa(folder, train_pages=1, test_pages=500)
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+TASKS = {
+    "docvqa": Task(
+        "anls", "questions", {APART: "", TOGETHER: "--share_images"}, "--learning_rate 1e-3", write_forms, 700
+    ),
+    "nlvr2": Task(
+        "accuracy",
+        "statements",
+        {APART: "--separate_questions", TOGETHER: "--share_images"},
+        "--learning_rate 2e-3 --freeze_vision_model",
+        write_nlvr2,
+        4000,
+    ),
+}
+
+
+def train(name: str, data: Path, output: Path, way: str, seed: int, eval_limit: int) -> dict[str, Any]:
     """One run's score, steps and mean loss of its last steps."""
+    task = TASKS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["finetune_hf_trainer_nlvr2.py", *OPTIONS.split(), WAYS[way], "--seed", str(seed), "--overwrite"]
+    command += [f"finetune_hf_trainer_{name}.py", *OPTIONS.split(), *task.training.split(), *task.options[way].split()]
     command += ["--batch_size_per_gpu", str(AT_ONCE[way]), "--eval_limit", str(eval_limit)]
+    command += ["--seed", str(seed), "--overwrite"]
     command += ["--model_name_or_path", str(CHECKPOINT), "--data_dir", str(data), "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
@@ -50,41 +105,47 @@ def train(data: Path, output: Path, way: str, seed: int, eval_limit: int) -> dic
     losses = [line["loss"] for line in lines if "loss" in line]
     return {
         "seed": seed,
-        "accuracy": evaluation["accuracy"],
+        task.metric: evaluation[task.metric],
         "num_examples": evaluation["num_examples"],
         "steps": lines[-1]["step"],
         "loss_at_the_end": statistics.mean(losses[-5:]),
     }
 
 
-def table(measured: dict[str, Any]) -> str:
-    """A row for each way."""
-    rows = []
-    for way, runs in measured["ways"].items():
-        scores = [run["accuracy"] for run in runs]
+def table(name: str, measured: dict[str, Any]) -> str:
+    """A task's rows, one for each way."""
+    task, rows = TASKS[name], []
+    for way, runs in measured[name]["ways"].items():
+        scores = [run[task.metric] for run in runs]
         of_each = ", ".join(f"{score:.3f}" for score in scores)
-        rows.append([way, f"`{WAYS[way]}`", f"{statistics.mean(scores):.3f}", of_each])
-    return markdown(("", "option", "accuracy, mean", "of each seed"), rows)
+        option = f"`{task.options[way]}`" if task.options[way] else "(none)"
+        rows.append([f"{task.questions}, {way}", option, f"{statistics.mean(scores):.3f}", of_each])
+    metric = {"anls": "ANLS"}.get(task.metric, task.metric)
+    return markdown(("", "option", f"{metric}, mean", "of each seed"), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="The score with and without sharing.", allow_abbrev=False)
+    parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
-    parser.add_argument("--train_pages", type=int, default=2000, help="pairs to train on (%(default)s)")
-    parser.add_argument("--eval_limit", type=int, default=500, help="pairs to evaluate (%(default)s)")
+    parser.add_argument("--train_pages", type=int, help="pictures to train on (the task's)")
+    parser.add_argument("--eval_limit", type=int, default=500, help="rows to evaluate (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "sharing_score.json", help="(%(default)s)")
     options = parser.parse_args(arguments)
-    ways: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    task = TASKS[options.task]
+    pages = options.train_pages or task.train_pages
+    ways: dict[str, list[dict[str, Any]]] = {way: [] for way in task.options}
     with TemporaryDirectory() as folder:
-        data = write_nlvr2(Path(folder) / "data", options.train_pages)
+        data = task.write(Path(folder) / "data", pages)
         for seed in range(options.seeds):
             for way, runs in ways.items():
-                runs.append(train(data, Path(folder) / "output", way, seed, options.eval_limit))
+                runs.append(train(options.task, data, Path(folder) / "output", way, seed, options.eval_limit))
                 print(f"{way}: {runs[-1]}", flush=True)
-    measured = {**header(torch.device("cpu")), "train_pages": options.train_pages, "ways": ways}
-    write_json(options.output, measured)
-    print(table(measured), end="")
+    others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    measured = {**others, options.task: {**header(torch.device("cpu")), "train_pages": pages, "ways": ways}}
+    write_json(options.output, dict(sorted(measured.items())))
+    print(table(options.task, measured), end="")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing is timed here. Models are tiny, pages small.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -22,9 +23,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune_hf_trainer_docvqa as docvqa
 from benchmarks import agree, baseline, cpu, demos, evaluate, measuring, render, scaling, sharing_score, throughput
 from benchmarks.models import adapter_flops, make_model, make_processor, quantize, training_flops
 from benchmarks.throughput import Runner, Variant, plan_passes
+from common.data import load_rows, number_pictures
 from common.demo import CHECKPOINT
 from common.phi3v import Phi3VImageProcessor
 from common.phi3v.modeling import Phi3VModel
@@ -419,10 +422,17 @@ def test_paths_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_sharing_does_to_the_score_is_told_as_measured() -> None:
     measured = json.loads((REPOSITORY / "benchmarks/results/sharing_score.json").read_text())
-    assert sharing_score.table(measured) in (REPOSITORY / "docs/speed.md").read_text()
+    assert measured
+    for task in measured:
+        assert sharing_score.table(task, measured) in (REPOSITORY / "docs/speed.md").read_text()
 
 
-def test_sharing_is_compared_by_the_same_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "metric", "apart"), [("docvqa", "anls", set()), ("nlvr2", "accuracy", {"--separate_questions"})]
+)
+def test_sharing_is_compared_by_the_same_training(
+    task: str, metric: str, apart: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every option reaches the script; the two ways differ in theirs and in what goes through a process at once."""
     commands = []
 
@@ -430,20 +440,36 @@ def test_sharing_is_compared_by_the_same_training(monkeypatch: pytest.MonkeyPatc
         commands.append(command)
         output = Path(command[command.index("--output_dir") + 1])
         output.mkdir(exist_ok=True)
-        (output / "eval_after.json").write_text('{"accuracy": 0.5, "num_examples": 4}')
+        (output / "eval_after.json").write_text(json.dumps({metric: 0.5, "num_examples": 4}))
         (output / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(measuring, "commit", lambda: None)  # asks git
+    figures = tmp_path / "figures.json"
+    figures.write_text('{"another": "task"}')
     sizes = ["--seeds", "2", "--train_pages", "8", "--eval_limit", "4"]
-    sharing_score.main([*sizes, "--output", str(tmp_path / "figures.json")])
+    sharing_score.main(["--task", task, *sizes, "--output", str(figures)])
     assert [command[command.index("--seed") + 1] for command in commands] == ["0", "0", "1", "1"]
     assert all(command[command.index("--eval_limit") + 1] == "4" for command in commands)
+    assert all(f"finetune_hf_trainer_{task}.py" in command for command in commands)
     one, other = ({*command} for command in commands[:2])
-    assert one ^ other == {"--separate_questions", "--share_images", "8"}  # 8 or 1 at once; a 1 is in both
-    measured = json.loads((tmp_path / "figures.json").read_text())
-    assert (measured["train_pages"], measured["date"]) == (8, datetime.date.today().isoformat())
-    assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(measured)
+    assert one ^ other == {*apart, "--share_images", "8"}  # 8 or 1 at once; a 1 is in both
+    measured = json.loads(figures.read_text())
+    assert measured["another"] == "task"
+    assert (measured[task]["train_pages"], measured[task]["date"]) == (8, datetime.date.today().isoformat())
+    assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(task, measured)
+
+
+def test_forms_whose_questions_are_compared(tmp_path: Path) -> None:
+    """Without sharing every row is an example; with it those of a form, which have the same picture, find together."""
+    rows = load_rows(str(sharing_score.write_forms(tmp_path, 5)), "train", docvqa.LAYOUTS, "--data_dir")
+    numbers = number_pictures(rows)
+    assert numbers == sorted(numbers)
+    assert all(3 <= count <= 6 for count in collections.Counter(numbers).values())
+    assert len(set(numbers)) == 5
+    asked = [docvqa.questions(row)[0] for row in rows.without_images()]
+    assert len({(number, *question) for number, (question, _) in zip(numbers, asked, strict=True)}) == len(rows)
+    assert all(answers[0].isdecimal() for _, answers in asked)
 
 
 def test_spreads() -> None:
