@@ -136,16 +136,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[options.task]
     pages = options.train_pages or task.train_pages
     ways: dict[str, list[dict[str, Any]]] = {way: [] for way in task.options}
+    about = {**header(torch.device("cpu")), "train_pages": pages}
+    others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     with TemporaryDirectory() as folder:
         data = task.write(Path(folder) / "data", pages)
         for seed in range(options.seeds):
             for way, runs in ways.items():
                 runs.append(train(options.task, data, Path(folder) / "output", way, seed, options.eval_limit))
                 print(f"{way}: {runs[-1]}", flush=True)
-    others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    measured = {**others, options.task: {**header(torch.device("cpu")), "train_pages": pages, "ways": ways}}
-    write_json(options.output, dict(sorted(measured.items())))
-    print(table(options.task, measured), end="")
+            # what is interrupted later keeps these
+            write_json(options.output, dict(sorted({**others, options.task: {**about, "ways": ways}}.items())))
+    print(table(options.task, {options.task: {"ways": ways}}), end="")
 
 
 if __name__ == "__main__":
