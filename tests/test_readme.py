@@ -444,7 +444,11 @@ esac""",
     ended = subprocess.run(
         [*command.split(), "VENV=venv"],
         cwd=copy,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))},
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },  # without what `make test-all` hands on: a make within a make has a last line of its own
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
