@@ -100,8 +100,7 @@ def main() -> None:
     processor = load_processor(options)
     examples = functools.partial(make_example, train_data)
     dataset = None if options.eval_only else ExampleDataset(len(train_data), examples, processor, options.seed)
-    limit, checked = longest_sequence(options), filter(None, (eval_data, train_data))
-    try_all(*(functools.partial(check_lengths, data, processor, limit) for data in checked))
+    check_lengths(eval_data, processor, longest_sequence(options))
     preflight(dataset, processor, options)
     model = load_model(options.model_name_or_path, options)
 

@@ -113,7 +113,7 @@ def hold(kind: str, folder: Path) -> dict[str, Any]:
         dataset = docvqa.training_set(data, processor, options)
     batches = GlobalBatchSampler(len(dataset), 64, 1, 0, 1, 0)
     if kind == "sharing":
-        batches = PackedBatchSampler(measure_questions(dataset, processor, 4096, 1, 0, 1, 0), 64, 4096, 0, 1, 0)
+        batches = PackedBatchSampler(measure_questions(dataset, processor, 4096, 1, 0), 64, 4096, 0, 1, 0)
     epoch = iter(batches)
     next(epoch)  # holds the epoch's order
     most = peak_bytes() - resident

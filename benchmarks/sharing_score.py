@@ -85,7 +85,7 @@ TASKS = {
         {APART: "--separate_questions", TOGETHER: "--share_images"},
         "--learning_rate 2e-3 --freeze_vision_model",
         write_nlvr2,
-        4000,
+        2000,
     ),
 }
 

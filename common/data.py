@@ -62,7 +62,7 @@ class Rows:
     table: datasets.Dataset
     folders: tuple[Path, ...]
     numbers: tuple[int, ...] | None = None
-    faults: Mapping[int, str] = field(default_factory=dict, hash=False)
+    faults: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .cli import choose_precision
 from .data import one_line
-from .errors import UserError, about_to_fetch, is_out_of_memory, try_all
+from .errors import NotLookedAtError, UserError, about_to_fetch, is_out_of_memory, try_all
 from .files import read_json
 from .layers import compile_layers, recompute_layers, use_kernels_for_any_length, use_liger_kernels
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -58,12 +58,11 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         _check_files(base)
         _read_processor(base, revision)
 
-    def check_weights() -> None:
-        if not Path(options.model_name_or_path).exists():
-            about_to_fetch()
-        _names_in_adapter(options.model_name_or_path, options.revision)
-
-    try_all(lambda: _check_training_further(adapter, stored, options), check_weights, check_base)
+    try_all(
+        lambda: _check_training_further(adapter, stored, options),
+        lambda: _names_in_adapter(options.model_name_or_path, options.revision),
+        check_base,
+    )
 
 
 def _check_training_further(adapter: Path, stored: dict[str, Any], options: argparse.Namespace) -> None:
@@ -112,8 +111,7 @@ def _names_in_adapter(name_or_path: str, revision: str | None) -> set[str]:
     Raises:
         UserError: there is no such file, or it is cut off.
     """
-    hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    file = find_file(name_or_path, "adapter_model.safetensors", **hub)
+    file = _find_file(name_or_path, "adapter_model.safetensors", revision)
     if file is None:  # PEFT would take a pickled one
         raise UserError(f"--model_name_or_path {name_or_path} is an adapter without adapter_model.safetensors")
     try:
@@ -151,10 +149,21 @@ def _check_files(name_or_path: str) -> None:
 def commit_of(name_or_path: str, revision: str | None) -> str | None:
     """The commit of a hub's checkpoint or adapter, which was found before; None for a folder."""
     for name in ("config.json", "adapter_config.json"):
-        file = find_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        file = _find_file(name_or_path, name, revision)
         if file is not None and not Path(name_or_path).exists():
             return extract_commit_hash(file, None)
     return None
+
+
+def _find_file(name_or_path: str, file: str, revision: str | None) -> str | None:
+    """A file of a checkpoint, of a hub's fetched; None where it has none.
+
+    Raises:
+        NotLookedAtError: it would have to be fetched, while something is known to be wrong.
+    """
+    if not Path(name_or_path).exists():
+        about_to_fetch()
+    return find_file(name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 def find_adapter(name_or_path: str, revision: str | None = None) -> Path | None:
@@ -167,14 +176,13 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path | None:
     Raises:
         UserError: nothing there, or a checkpoint of another model type.
     """
-    if not Path(name_or_path).exists():
-        about_to_fetch()
     try:
-        hub = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        adapter = find_file(name_or_path, "adapter_config.json", **hub)
+        adapter = _find_file(name_or_path, "adapter_config.json", revision)
         if adapter is not None:
             return Path(adapter)
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except NotLookedAtError:
+        raise
     except (OSError, ValueError) as error:
         what = "is not a checkpoint folder"
         if not Path(name_or_path).exists():

@@ -27,7 +27,7 @@ from .data import (
     open_header,
     opening_images_by,
 )
-from .errors import UserError, first_of, raise_all
+from .errors import UserError, first_of, raise_all, rank_and_world
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
 from .together import together
@@ -112,21 +112,23 @@ class _Lengths(torch.utils.data.Dataset):
         return prefix_length(ids, self.counting.image_token_id), len(ids)
 
 
-def _look_at(
+def _look_at_share(
     indices: Sequence[int], lengths: _Lengths, num_workers: int, shows_progress: bool
 ) -> Iterator[tuple[int, int] | Problem]:
-    """Of these examples, in their order; the first process shows how far it is."""
-    num_workers = min(num_workers, len(indices))
+    """Of this process's share of the examples, in order; the first process shows how far it is."""
+    rank, world = rank_and_world()
+    own = indices[rank::world]
+    num_workers = min(num_workers, len(own))
     loader = torch.utils.data.DataLoader(
         lengths,
-        sampler=indices,
+        sampler=own,
         batch_size=16,
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
         collate_fn=list,
     )
     title = "count tokens" if lengths.opener is open_header else "check pictures"
-    with progress_bar(title, len(indices), "example", shows_progress) as bar:
+    with progress_bar(title, len(own), "example", shows_progress) as bar:
         for batch in loader:
             yield from batch
             bar.update(len(batch))
@@ -136,27 +138,21 @@ def check_examples(
     drawn: Mapping[int, Iterable[int]],
     dataset: ExampleDataset,
     processor: Phi3VProcessor,
-    rank: int,
-    world: int,
     num_workers: int,
-    shows_progress: bool = False,
-    decodes: bool = True,
+    shows_progress: bool,
+    decodes: bool,
 ) -> None:
-    """Make examples as the run will and count their tokens; of them a process has its share.
+    """Make examples as the run will and count their tokens (together).
 
     Args:
         drawn: the examples' numbers, each with the epochs in which it is drawn.
-        rank, world: this process and how many there are.
-        num_workers: loader processes.
-        shows_progress: the first process's, over its share.
-        decodes: every picture is decoded; else only headers are read.
+        num_workers, shows_progress, decodes: as of `measure_questions`.
 
     Raises:
         UserError: on every process, with the first 20 examples that cannot be made or are too long.
     """
     lengths = _Lengths(dataset, processor, drawn.__getitem__, decodes)
-    seen = _look_at(list(drawn)[rank::world], lengths, num_workers, shows_progress)
-    own = [one for one in seen if isinstance(one, Problem)]
+    own = [one for one in _look_at_share(list(drawn), lengths, num_workers, shows_progress) if isinstance(one, Problem)]
     problems = sorted({one for share in together(lambda: own) for one in share})
     raise_all(first_of([one.text for one in problems]), everywhere=True)
 
@@ -166,13 +162,11 @@ def measure_questions(
     processor: Phi3VProcessor,
     rope_threshold: int,
     epochs: int,
-    rank: int,
-    world: int,
     num_workers: int,
     shows_progress: bool = False,
     decodes: bool = False,
 ) -> Questions:
-    """What the sampler must know of a data set.
+    """What the sampler must know of a data set (together).
 
     Every process measures its share. Where something is drawn by chance, as one of several accepted
     answers, the longest of the run's epochs counts. Where bad examples are skipped, one that cannot be made
@@ -183,7 +177,6 @@ def measure_questions(
         rope_threshold: the checkpoint's `original_max_position_embeddings`: examples on both sides of it
             cannot share a picture (see `share_pictures`).
         epochs: of the run.
-        rank, world: this process and how many there are.
         num_workers: loader processes.
         shows_progress: the first process's, over its share.
         decodes: every picture is decoded, to find damage; else only headers are read.
@@ -192,8 +185,8 @@ def measure_questions(
         UserError: an example that cannot be made, unless such are skipped.
     """
     lengths_of = _Lengths(dataset, processor, lambda index: range(epochs), decodes)
-    of_share = list(_look_at(range(rank, len(dataset), world), lengths_of, num_workers, shows_progress))
-    measured = gather_in_order(of_share, world)
+    of_share = list(_look_at_share(range(len(dataset)), lengths_of, num_workers, shows_progress))
+    measured = gather_in_order(of_share, rank_and_world()[1])
     problems = [one for one in measured if isinstance(one, Problem)]
     if problems and not dataset.skips_bad:
         raise_all(first_of([one.text for one in problems]), everywhere=True)

@@ -55,7 +55,6 @@ from .errors import (
     NotWrittenError,
     UserError,
     is_first_process,
-    rank_and_world,
     say,
     undo_on_failure,
 )
@@ -204,11 +203,10 @@ def forget_unbegun(options: argparse.Namespace) -> None:
     evaluation has kept for the report are nothing without it. The list of bad examples is for the user to read.
     """
     begun = [] if options.eval_only else files_of_run(options.output_dir)
-    records = (RUN_RECORD, RUN_FACTS, BAD_EXAMPLES)
-    if all(file.name in records or file.parent.name == PICTURES for file in begun):
+    begun = [file for file in begun if file.name != BAD_EXAMPLES]
+    if all(file.name in (RUN_RECORD, RUN_FACTS) or file.parent.name == PICTURES for file in begun):
         for file in begun:
-            if file.name != BAD_EXAMPLES:
-                file.unlink()
+            file.unlink()
         with contextlib.suppress(OSError):
             (options.output_dir / PICTURES).rmdir()
     if options.dry_run:
@@ -635,8 +633,8 @@ def look_at_all(
     processor: Phi3VProcessor,
     options: argparse.Namespace,
     config: Phi3VConfig,
-    looked_at: int = 0,
-    decoded: int = 0,
+    looked_at: int,
+    decoded: int,
 ) -> None:
     """Look at every example that the run will draw, before weights are loaded (together).
 
@@ -657,7 +655,7 @@ def look_at_all(
     size, epochs = len(dataset), _epochs(len(dataset), options)
     begins = options.resume_from is None and not dataset.skips_bad
     decodes = begins and options.check_images and decoded < size
-    how = (*rank_and_world(), options.num_workers, options.tqdm, decodes)
+    how = (options.num_workers, options.tqdm, decodes)
     if options.packs:
         questions = measure_questions(dataset, processor, config.original_max_position_embeddings, epochs, *how)
         if options.max_tokens_per_gpu is not None:
@@ -720,9 +718,7 @@ def make_batches(
         measured, questions = dataset.measured or (0, None)
         dataset.measured = None  # the loader's workers would hold it, too
         if measured != epochs:
-            questions = measure_questions(
-                dataset, processor, threshold, epochs, rank, world, options.num_workers, options.tqdm
-            )
+            questions = measure_questions(dataset, processor, threshold, epochs, options.num_workers, options.tqdm)
         if bad_examples is not None:
             bad_examples.add(questions.problems, step=0)
             bad_examples.check()

@@ -28,6 +28,7 @@ from common.loading import (
     longest_sequence,
     prepare_for_training,
 )
+from common.phi3v.stock import find_file
 from common.training import run_vision_without_pictures, write_model
 from tests.model_helpers import loading_options, tiny_model, write_stand_in_checkpoint
 
@@ -408,6 +409,36 @@ def test_training_an_adapter_further(checkpoint, tmp_path):
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_an_adapter_s_weights_are_not_fetched_for_wrong_options(checkpoint, tmp_path, monkeypatch):
+    """A hub's adapter, here in its cache, on a base that is a folder; what is wrong with the base is told, too."""
+    model, _ = load_for_training(loading_options(checkpoint, use_lora=True))
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    commit = "0" * 40
+    put_into_hub_cache(tmp_path / "cache", "some/adapter", {commit: tmp_path / "adapter"}, main=commit)
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = []
+
+    def find(name, file, **hub):
+        asked.append(file)
+        return find_file(name, file, **hub)
+
+    monkeypatch.setattr(loading, "find_file", find)
+    check_checkpoint(loading_options("some/adapter", use_lora=True))
+    assert "adapter_model.safetensors" in asked
+    asked.clear()
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(UserError) as error:
+        check_checkpoint(loading_options("some/adapter", use_lora=True, lora_rank=64))
+    options, files = error.value.problems
+    assert "--lora_rank 64, the adapter has 4" in options
+    assert files.endswith("it has no tokenizer.json")
+    assert "adapter_model.safetensors" not in asked
 
 
 def test_damaged_adapter(checkpoint, tmp_path, monkeypatch):

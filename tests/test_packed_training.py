@@ -196,7 +196,7 @@ def dataset(processor):
 
 
 def measured(dataset, processor, threshold=4096, epochs=3):
-    return measure_questions(dataset, processor, threshold, epochs, rank=0, world=1, num_workers=0)
+    return measure_questions(dataset, processor, threshold, epochs, num_workers=0)
 
 
 def test_tokens_are_counted_without_pixels(processor, dataset, monkeypatch):

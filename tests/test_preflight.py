@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from common import data, memory, preflight, training
 from common.checkpoints import STAGES
-from common.cli import BAD_EXAMPLES, LOCK, make_parser, parse_options
+from common.cli import BAD_EXAMPLES, LOCK, RUN_RECORD, make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
@@ -210,12 +210,33 @@ def test_too_many_bad_examples_of_packed_runs_are_noted(tmp_path):
     with pytest.raises(UserError, match=r"^30 of 200 examples are bad, more than --max_bad_fraction 0.01 allows"):
         preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), options)
     lines = [json.loads(line) for line in (tmp_path / BAD_EXAMPLES).read_text().splitlines()]
+    (tmp_path / RUN_RECORD).touch()
     training.forget_unbegun(options)  # other options may be tried, and the list read
+    assert [path.name for path in tmp_path.iterdir()] == [BAD_EXAMPLES]
     assert options_of(tmp_path, *words, "--num_crops", 2, "--resume", "never").num_crops == 2
     assert [line["index"] for line in lines] == list(broken)
     preflight.preflight(dataset_of(200, no_header=broken), processor_of_demo(), with_more)
     preflight.preflight(dataset_of(200, no_header=broken[:2]), processor_of_demo(), options)
     assert len((tmp_path / BAD_EXAMPLES).read_text().splitlines()) == 2
+
+
+def test_a_new_run_does_not_count_the_bad_examples_of_a_refused_one(tmp_path):
+    for name, goes_on in (("refused", False), ("interrupted", True)):
+        folder = tmp_path / name
+        options = options_of(folder, "--bad_examples", "skip")
+        folder.mkdir()
+        (folder / BAD_EXAMPLES).touch()
+        if goes_on:
+            (folder / RUN_RECORD).touch()
+        training._prepare_output_folder(options)
+        assert (folder / BAD_EXAMPLES).exists() == goes_on, name
+
+
+def test_examples_that_do_not_fit_are_told_before_any_is_noted_as_bad(tmp_path):
+    options = options_of(tmp_path, "--max_tokens_per_gpu", 300, "--bad_examples", "skip")
+    with pytest.raises(UserError, match=r"^--max_tokens_per_gpu 300: example 0 alone has about [0-9]+ tokens"):
+        preflight.preflight(dataset_of(200, no_header=[UNSEEN]), processor_of_demo(), options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def sampled_of(size):

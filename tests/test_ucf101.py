@@ -89,17 +89,17 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
 
     A frame at one crop is 313 tokens: the third one takes the second video past the limit.
     """
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 900}))
     (tmp_path / "images").symlink_to(folder / "images")
     for name in ("train", "test"):
         records = [json.loads(line) for line in (folder / f"ucf101_{name}.jsonl").read_text().splitlines()]
         if name == split:
             records[1]["conversations"][0]["images"] += records[0]["conversations"][0]["images"][:1]
         (tmp_path / f"ucf101_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = ("--model_name_or_path", str(CHECKPOINT), "--data_dir", str(tmp_path), "--num_crops", "1")
+    options = ("--model_name_or_path", str(checkpoint), "--data_dir", str(tmp_path), "--num_crops", "1")
     monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
-    for name in ("start", "preflight"):
-        monkeypatch.setattr(ucf101, name, lambda *ignored: None)
-    monkeypatch.setattr(ucf101, "longest_sequence", lambda options: 900)
     monkeypatch.setattr(ucf101, "load_model", lambda *ignored: pytest.fail("before the weights are loaded"))
     message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens, the model takes 900: lower --num_crops"
     with pytest.raises(UserError, match=message):
