@@ -55,6 +55,11 @@ def user_error(message: str) -> ValueError:
     return UserError(message)
 
 
+def readable(name: str | Path) -> str:
+    """A name from an archive or a disk for messages: escaped where a terminal would obey it."""
+    return str(name) if str(name).isprintable() else repr(str(name))
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -103,8 +108,8 @@ def unpack(archive: Path, folder: Path) -> Path:
                 outside = path.is_absolute() or ".." in path.parts or "\0" in member.name
                 if outside or not (member.isfile() or member.isdir()):
                     raise user_error(
-                        f"{archive}: its member {member.name} leaves the folder, or is a link or a device; the archive "
-                        f"is not what {HUB_ID} publishes: fetch {HUB_FILE} from there"
+                        f"{archive}: its member {readable(member.name)} leaves the folder, or is a link or a device; "
+                        f"the archive is not what {HUB_ID} publishes: fetch {HUB_FILE} from there"
                     )
                 if member.isfile() and path.suffix == ".avi" and path.parts[-3:-2] and path.parts[-3] in SPLITS:
                     tar.extract(member.replace(name="/".join(path.parts[-3:])), folder, filter="data")
@@ -274,9 +279,9 @@ def convert_all(videos: list[Video], options: argparse.Namespace) -> set[Video]:
             del waiting[video]
             if problem:
                 failed.add(video)
-                tqdm.write(f"{video.path} cannot be decoded and is left out: {problem}", file=sys.stderr)
+                tqdm.write(f"{readable(video.path)} cannot be decoded and is left out: {problem}", file=sys.stderr)
     except BrokenProcessPool as error:
-        begun = ", ".join(str(video.path) for video in list(waiting)[: options.num_workers])
+        begun = ", ".join(readable(video.path) for video in list(waiting)[: options.num_workers])
         raise user_error(
             f"a worker process died of a crash or for want of memory, at one of: {begun}; run again to go on, "
             "with --num_workers 1 to learn which it is"

@@ -52,7 +52,7 @@ def load_data(options: argparse.Namespace) -> tuple[Conversations | None, Conver
 
 
 def labels_of(data: Conversations) -> list[str]:
-    return [record["conversations"][-1]["assistant"] for record in data.without_images()]
+    return [record["conversations"][-1]["assistant"] for record in data.without_bad()]
 
 
 def make_example(data: Conversations, index: int, generator: random.Random | None = None) -> Example:

@@ -461,8 +461,8 @@ def _device_problems(options: argparse.Namespace) -> list[str]:
         problems.append(
             f"--nproc_per_node={num_here}, but this machine has {num_gpus} GPUs: start one process for each"
         )
-    capability = torch.cuda.get_device_capability()
-    name = torch.cuda.get_device_name()
+    oldest = min(range(min(num_here, num_gpus)), key=torch.cuda.get_device_capability)  # of the processes' GPUs
+    capability, name = torch.cuda.get_device_capability(oldest), torch.cuda.get_device_name(oldest)
     if options.use_flash_attention and capability < (8, 0):
         problems.append(
             f"--use_flash_attention needs compute capability 8.0 (Ampere) and {name} has "

@@ -141,6 +141,10 @@ class Conversations:
                 continue
             yield record
 
+    def without_bad(self) -> Iterator[dict[str, Any]]:
+        """The dictionaries of the lines that are not bad, so with every field, one after another."""
+        return (self.records[index] for index, line in enumerate(self.lines) if line not in (self.faults or ()))
+
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe.
 

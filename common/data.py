@@ -55,6 +55,7 @@ class Rows:
         folders: where pictures may lie that are files of their own.
         numbers: of some rows of a split, which they are; None: all.
         faults: what is wrong with bad rows, by their numbers in the split.
+        file, lines: of a split made of a file's lines, from which line each row begins, counted from 1.
     """
 
     source: str
@@ -63,6 +64,8 @@ class Rows:
     folders: tuple[Path, ...]
     numbers: tuple[int, ...] | None = None
     faults: Mapping[int, str] = field(default_factory=dict)
+    file: Path | None = None
+    lines: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -109,7 +112,10 @@ class Rows:
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages."""
-        return f"{self.source}, split {self.split}, row {index if self.numbers is None else self.numbers[index]}"
+        number = index if self.numbers is None else self.numbers[index]
+        if self.file is not None:
+            return f"{self.file}, line {self.lines[number]}"
+        return f"{self.source}, split {self.split}, row {number}"
 
     def first(self, count: int | None) -> Rows:
         """The first `count` rows; all of them where it is None."""
@@ -265,7 +271,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(re.sub(r"<_io\.BytesIO object at \w+>", "", str(error)).split())[:300] or type(error).__name__
 
 
-def readable(name: str | Path) -> str:
+def readable(name: object) -> str:
     """A name from the data for messages: escaped where a terminal would not show it as it is."""
     text = str(name)
     return text if text.isprintable() else repr(text)
@@ -534,10 +540,10 @@ def rows_of_file(
 
     Raises:
         UserError: no such file; lines that `parse_line` or `make_row` refuse, with file and line, and examples whose
-            images are missing (the first 20 of them), unless they are left out; no rows.
+            images are missing (the first ten of them), unless they are left out; no rows.
     """
     path = folder / name
-    problems, missing = [], []
+    problems, missing, lines = [], [], []
     rows: dict[Any, dict[str, Any]] = {}
     try:
         with open(path, "rb") as file:
@@ -554,7 +560,7 @@ def rows_of_file(
                     if skip_missing or bad_examples == "stop":
                         missing.append(row["id"])
                         continue
-                    fault = f"{place}: {row['id']}: its image is missing"
+                    fault = f"{place}: {readable(row['id'])}: its image is missing"
                 row["images"] = [{"bytes": None, "path": picture and str(picture)} for picture in row["images"]]
                 row |= {FAULT: fault} if fault else {}
                 key = number if merge_by is None else row.pop(merge_by, number)
@@ -562,11 +568,13 @@ def rows_of_file(
                     rows[key]["texts"] += row["texts"]
                 else:
                     rows[key] = row if key == number else {**row, "id": key}
+                    lines.append(number)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     found = problems if bad_examples == "stop" else []
     try_all(lambda: raise_all(first_of(found, str(path))), lambda: report_missing(path, missing, skip_missing))
-    return rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
+    of_lines = rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
+    return replace(of_lines, file=path, lines=lines)
 
 
 def _make_row(line: bytes, place: str, make_row: Callable[[dict[str, Any], str], dict[str, Any]]) -> dict[str, Any]:
@@ -663,7 +671,7 @@ def report_missing(file: Path, missing: Sequence[Any], skip: bool | None = None)
     """
     if not missing:
         return
-    which = f"{len(missing)} examples of {file} whose images are missing: " + ", ".join(map(str, missing[:10]))
+    which = f"{len(missing)} examples of {file} whose images are missing: " + ", ".join(map(readable, missing[:10]))
     if len(missing) > 10:
         which += f" and {len(missing) - 10} more"
     if not skip:

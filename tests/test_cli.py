@@ -80,8 +80,10 @@ def parse(monkeypatch, tmp_path, *arguments, processes=1, script=docvqa):
 
 def on_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", capability if callable(capability) else lambda device: capability
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU" if device == 0 else "Another GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
 
@@ -328,6 +330,15 @@ def test_old_gpu(monkeypatch, tmp_path):
         parse(monkeypatch, tmp_path, "--use_flash_attention", "--bf16")
     assert "--use_flash_attention needs compute capability 8.0 (Ampere) and Some GPU has 7.0" in str(error.value)
     assert "--bf16 needs compute capability 8.0" in str(error.value)
+
+
+def test_an_old_gpu_beside_a_new_one(monkeypatch, tmp_path):
+    """Told where one of the processes will have it."""
+    on_gpu(monkeypatch, lambda device: (7, 0) if device == 1 else (8, 0))
+    assert parse(monkeypatch, tmp_path, "--bf16").bf16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--bf16 needs compute capability 8.0 \(Ampere\) and Another GPU has 7.0"):
+        parse(monkeypatch, tmp_path, "--bf16", processes=2)
 
 
 def test_home_folder(monkeypatch, tmp_path):

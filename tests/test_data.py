@@ -645,6 +645,21 @@ def test_all_bad_lines_of_a_file_are_told_at_once(tmp_path):
     assert str(error.value).startswith("25 problems:\n")
 
 
+def test_ids_that_a_terminal_would_obey_are_escaped(tmp_path, capsys):
+    """Of examples whose images are missing: in the error, in what is left out, and in the fault of a row."""
+    (tmp_path / "train.json").write_text(
+        '{"id": "a", "text": "1"}\n{"id": "\\u001b[2J", "text": "2", "image": false}\n'
+    )
+    with pytest.raises(UserError) as error:
+        rows_of_file(tmp_path, "train.json", texts_of)
+    rows_of_file(tmp_path, "train.json", texts_of, skip_missing=True)
+    with pytest.raises(UserError) as fault:
+        rows_of_file(tmp_path, "train.json", texts_of, "skip")[1]
+    for told in (str(error.value), capsys.readouterr().out.strip(), str(fault.value)):
+        assert r"'\x1b[2J'" in told
+        assert told.isprintable()
+
+
 @pytest.mark.parametrize("skip_missing", [None, True])
 def test_bad_lines_of_a_file_are_left_out(tmp_path, capsys, skip_missing):
     """Each is an example that cannot be made, wherever its row stands among those that are chosen."""
@@ -659,6 +674,7 @@ def test_bad_lines_of_a_file_are_left_out(tmp_path, capsys, skip_missing):
             texts.append(str(error).partition(": ")[0].removeprefix(f"{path}, "))
     missing = [] if skip_missing else ["line 3"]
     assert texts == ["1", "line 2", *missing, "line 5", "3"]
+    assert rows.place(len(rows) - 1) == rows.select([0, len(rows) - 1]).place(1) == f"{path}, line 6"
     assert ("left out 1 examples" in capsys.readouterr().out) == bool(skip_missing)
     with pytest.raises(UserError, match="line 5: needs text"):
         rows.select([len(rows) - 1, len(rows) - 2])[1]

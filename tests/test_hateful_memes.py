@@ -134,7 +134,7 @@ def test_faults_in_the_challenge_files(challenge, line, message):
 def test_pictures_that_are_missing_or_broken(challenge):
     (challenge / "img" / "00007.png").write_bytes(b"no picture")
     rows = memes.load_data(options_for(challenge))[1]
-    with pytest.raises(UserError, match=r"split dev_seen, row 1: the image .*/img/00007.png cannot be decoded"):
+    with pytest.raises(UserError, match=r"dev_seen.jsonl, line 2: the image .*/img/00007.png cannot be decoded"):
         memes.make_example(rows, 1)
     for name in ("00006.png", "00008.png"):
         (challenge / "img" / name).unlink()

@@ -45,7 +45,9 @@ def test_azure_job():
     assert content["distribution"] == {"type": "pytorch", "process_count_per_instance": 1}
     assert (AZURE.parent / content["code"]).resolve() == REPOSITORY
     assert set(re.findall(r"\$\{\{outputs\.(\w+)\}\}", content["command"])) == set(content["outputs"])
-    assert all(output["mode"] == "rw_mount" for output in content["outputs"].values())
+    for output in content["outputs"].values():  # a path of its own, for the next job to go on there
+        assert output["mode"] == "rw_mount"
+        assert output["path"].startswith("azureml://datastores/workspaceblobstore/paths/")
     python = next(one for one in content["environment"]["conda_file"]["dependencies"] if one.startswith("python="))
     assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11)
     install = shlex.split(content["command"].split("&& ")[0])
@@ -156,7 +158,7 @@ words = sys.argv[1:]
 options = [word for word in words if word.startswith("--")][:2]
 command = words[words.index("bash"):]
 with open(os.environ["SRUN_SEEN"], "w") as file:
-    json.dump(options, file)
+    json.dump({{"options": options, "given": words[words.index("torchrun") + 1:]}}, file)
 nodes = [
     subprocess.Popen(command, env={{**os.environ, "SLURM_NODEID": str(node), "SLURM_GPUS_ON_NODE": "1"}})
     for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
@@ -195,5 +197,8 @@ def test_slurm_batch_file_on_two_nodes(tmp_path, output):
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert json.loads((tmp_path / "srun.json").read_text()) == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
+    seen = json.loads((tmp_path / "srun.json").read_text())
+    assert seen["options"] == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
+    # what the command says comes after, and so holds
+    assert seen["given"][:4] == [script[0], "--grace_seconds", "160", script[1]]
     check_two_nodes([ended.stdout], output)

@@ -17,6 +17,12 @@ from common.report import MOST_LABELS
 from tests.launch import read_evaluation, read_log, run_script
 
 FRAMES = 2
+# No JSON; no conversations; no answer; one that is no text.
+BAD_LINES = (
+    '{"id": "a", ',
+    '{"id": "b"}',
+    *(f'{{"conversations": [{{"user": "a"{end}}}]}}' for end in ("", ', "assistant": [7]')),
+)
 USER = "Classify the video into one of the following classes: Archery, Bowling, Diving."
 # Diving is seen in training only.
 VIDEOS = {
@@ -162,25 +168,27 @@ def test_run(folder, tmp_path):
 
 
 def test_run_that_skips(folder, tmp_path):
-    """A frame cut off, a line that is no JSON: both are told, with file and line, and the run goes on to its end."""
+    """A frame cut off, lines that are none: all are told, with file and line, and the run goes on to its end."""
     data = shutil.copytree(folder, tmp_path / "data")
     frame = data / "images" / "train" / "Bowling" / "v_1.0.jpg"
     frame.write_bytes(frame.read_bytes()[:100])
     with open(data / "ucf101_train.jsonl", "a") as file:
-        file.write('{"id": "train-0000000009", \n')
-    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 5)
+        for line in BAD_LINES:
+            file.write(f"{line}\n")
+    options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 8)
     options += ("--max_steps", 2, "--logging_steps", 1, "--eval_limit", 1, "--num_workers", 1, "--no-tqdm")
     options += ("--use_lora", "--lora_rank", 4)
     stopped = run_script("finetune_hf_trainer_ucf101.py", *options, "--output_dir", tmp_path / "stopped", processes=0)
     assert stopped.returncode == 2
-    assert f"{data / 'ucf101_train.jsonl'}, line 5: " in stopped.stdout
-    skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.5, "--output_dir", tmp_path / "out")
+    bad_lines = [f"{data / 'ucf101_train.jsonl'}, line {number}: " for number in range(5, 5 + len(BAD_LINES))]
+    assert all(place in stopped.stdout for place in bad_lines)
+    skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.8, "--output_dir", tmp_path / "out")
     ended = run_script("finetune_hf_trainer_ucf101.py", *options, *skip, processes=0)
     assert ended.returncode == 0, ended.stdout[-3000:]
     problems = [json.loads(line)["problem"] for line in (tmp_path / "out" / "bad_examples.jsonl").open()]
-    assert len(problems) == 2
-    assert any(str(frame) in problem for problem in problems), problems
-    assert any(f"{data / 'ucf101_train.jsonl'}, line 5" in problem for problem in problems), problems
+    assert len(problems) == 1 + len(BAD_LINES)
+    for place in (str(frame), *bad_lines):
+        assert any(place in problem for problem in problems), problems
     assert [line["step"] for line in read_log(tmp_path / "out")][-1] == 2
     assert read_evaluation(tmp_path / "out", "eval_after")["num_examples"] == 1
 

@@ -8,8 +8,8 @@ Prints a table (rows, images, tokens) and every fault with its file and line. Ex
 What is checked: JSON in UTF-8; fields and their types; ids that stand twice in a file; empty texts; image tags and
 other control tokens in the texts; paths that leave the image folder; every picture, decoded once however often it is
 named; and at the given `--num_crops` whether a picture is too thin and a conversation too long for the model. These are
-the functions that training runs when it loads a file (`common/conversations.py`); only the decoding of every picture
-is left to this tool.
+the functions that training runs when it loads a file (`common/conversations.py`); the pictures that it trains on it
+decodes before it starts, so this tool is for looking at a whole data set without a model or a GPU.
 
 Tokens are those that training sees: every text by the checkpoint's own tokenizer, every picture from its size. Where
 the default checkpoint cannot be reached no other tokenizer takes its place: the table then counts the pictures' tokens

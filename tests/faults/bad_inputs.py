@@ -62,21 +62,21 @@ def write(folder: Path, content: list[dict[str, Any]], features: datasets.Featur
     return file
 
 
-def bad_row(change: Callable[[dict[str, Any], random.Random], None]) -> Make:
-    """One row of the file is changed; its number has to be named."""
+def bad_row(change: Callable[[dict[str, Any], random.Random], None], *named: str) -> Make:
+    """One row of the file is changed; its number has to be named, and what else is given."""
 
     def make(folder: Path, generator: random.Random) -> Case:
         content, number = rows(), generator.randrange(ROWS)
         change(content[number], generator)
         file = write(folder, content)
-        return DOCVQA, ("--train_data", file), (f"{file}, split train, row {number}",)
+        return DOCVQA, ("--train_data", file), (f"{file}, split train, row {number}", *named)
 
     return make
 
 
-def bad_picture(change: Callable[[random.Random], bytes | None]) -> Make:
+def bad_picture(change: Callable[[random.Random], bytes | None], *named: str) -> Make:
     """One row's picture is another."""
-    return bad_row(lambda row, generator: row.update(images=[{"bytes": change(generator), "path": None}]))
+    return bad_row(lambda row, generator: row.update(images=[{"bytes": change(generator), "path": None}]), *named)
 
 
 def truncated_picture(generator: random.Random) -> bytes:
@@ -88,8 +88,10 @@ def truncated_picture(generator: random.Random) -> bytes:
 def bomb(generator: random.Random) -> bytes:
     """A PNG whose header promises more pixels than memory holds."""
     side = generator.randrange(20_000, 60_000)
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def bad_file(change: Callable[[bytes, random.Random], bytes]) -> Make:
@@ -254,7 +256,7 @@ KINDS: dict[str, Make] = {
     "picture of no bytes": bad_picture(lambda generator: b""),
     "picture of random bytes": bad_picture(lambda generator: generator.randbytes(500)),
     "picture that is a PDF": bad_picture(lambda generator: b"%PDF-1.7\n" + generator.randbytes(300)),
-    "picture with too many pixels": bad_picture(bomb),
+    "picture with too many pixels": bad_picture(bomb, "pixels are above the limit"),
     "no picture": bad_row(lambda row, generator: row.update(images=[])),
     "no question": bad_row(lambda row, generator: row.update(texts=[])),
     "empty answer": bad_row(lambda row, generator: row["texts"][0].update(assistant="")),

@@ -616,14 +616,17 @@ def main(words: Sequence[str] | None = None) -> int:
     faults: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
     seeds = range(options.first, options.first + options.seeds)
+    date = time.strftime("%Y-%m-%d")
     if options.keep:
         there = read(options.output)
+        begun = there.get("date", date).partition(" to ")[0]
+        date = date if begun == date else f"{begun} to {date}"
         faults += [one for one in there.get("faults", []) if one["seed"] not in seeds]
         inputs += [one for one in there.get("bad_inputs", []) if one["number"] >= options.bad_inputs]
 
     def write() -> None:
         if options.output:
-            about = {"machine": describe_machine(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
+            about = {"machine": describe_machine(torch.device("cpu")), "date": date}
             about |= {"steps": STEPS, "save_steps": SAVE_STEPS, "processes": PROCESSES}
             in_order = sorted(faults, key=lambda one: one["seed"])
             options.output.write_text(json.dumps({**about, "faults": in_order, "bad_inputs": inputs}, indent=1) + "\n")
