@@ -74,6 +74,7 @@ OTHERS_OPTIONS = {  # conda's, pip's, torchrun's, sbatch's, az's
     *("--trust-remote-code", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs", "--quantization"),
     "--model-path",
     *("--repo-type", "--local-dir"),  # hf's
+    "--collect-only",  # pytest's
 }
 
 
