@@ -56,7 +56,7 @@ def user_error(message: str) -> ValueError:
 
 
 def readable(name: str | Path) -> str:
-    """A name from an archive or a disk for messages: escaped where a terminal would obey it."""
+    """As the one of `common/data.py`, whose import takes seconds."""
     return str(name) if str(name).isprintable() else repr(str(name))
 
 

@@ -132,18 +132,21 @@ class Conversations:
 
         One whose picture is damaged holds its own, so that a run whose picture was mended is known again.
         """
-        for index, line in enumerate(self.lines):
+        for index in range(len(self)):
             try:
                 record = self.records[index]
             except UserError:
-                if line not in (self.faults or ()):
+                if not self._is_bad(index):
                     raise
                 continue
             yield record
 
     def without_bad(self) -> Iterator[dict[str, Any]]:
         """The dictionaries of the lines that are not bad, so with every field, one after another."""
-        return (self.records[index] for index, line in enumerate(self.lines) if line not in (self.faults or ()))
+        return (self.records[index] for index in range(len(self)) if not self._is_bad(index))
+
+    def _is_bad(self, index: int) -> bool:
+        return self.faults is not None and self.lines[index] in self.faults
 
     def example(self, index: int) -> Example:
         """One conversation; the tags of a turn's images stand before its text, as in the published recipe.
@@ -152,7 +155,7 @@ class Conversations:
             UserError: a bad line, or a picture that cannot be decoded.
         """
         place = self.place(index)
-        if self.faults and self.lines[index] in self.faults:
+        if self._is_bad(index):
             raise UserError(f"{place}: {self.faults[self.lines[index]]}")
         record = self.records[index]
         files = [

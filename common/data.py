@@ -17,6 +17,7 @@ import random
 import re
 import traceback
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -543,7 +544,7 @@ def rows_of_file(
             images are missing (the first ten of them), unless they are left out; no rows.
     """
     path = folder / name
-    problems, missing, lines = [], [], []
+    problems, missing, lines = [], [], array("Q")
     rows: dict[Any, dict[str, Any]] = {}
     try:
         with open(path, "rb") as file:

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from common import loading
+from common import errors, loading
 from common.checkpoints import record_of
 from common.cli import Precision
 from common.demo import CHECKPOINT
-from common.errors import UserError
+from common.errors import NotLookedAtError, UserError
 from common.layers import stacks_of
 from common.loading import (
     check_checkpoint,
@@ -409,6 +409,12 @@ def test_training_an_adapter_further(checkpoint, tmp_path):
     assert {name for name, p in again.named_parameters() if p.requires_grad} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_a_hub_s_checkpoint_is_not_blamed_for_not_being_looked_at(monkeypatch):
+    monkeypatch.setattr(errors, "_fetches", False)
+    with pytest.raises(NotLookedAtError):
+        find_adapter("some/adapter")
 
 
 def test_an_adapter_s_weights_are_not_fetched_for_wrong_options(checkpoint, tmp_path, monkeypatch):

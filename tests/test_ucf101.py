@@ -173,8 +173,7 @@ def test_run_that_skips(folder, tmp_path):
     frame = data / "images" / "train" / "Bowling" / "v_1.0.jpg"
     frame.write_bytes(frame.read_bytes()[:100])
     with open(data / "ucf101_train.jsonl", "a") as file:
-        for line in BAD_LINES:
-            file.write(f"{line}\n")
+        file.writelines(f"{line}\n" for line in BAD_LINES)
     options = ("--model_name_or_path", CHECKPOINT, "--data_dir", data, "--num_crops", 1, "--batch_size", 8)
     options += ("--max_steps", 2, "--logging_steps", 1, "--eval_limit", 1, "--num_workers", 1, "--no-tqdm")
     options += ("--use_lora", "--lora_rank", 4)
