@@ -33,9 +33,7 @@ def use_kernels_for_any_length() -> None:
     """Keep PyTorch's attention from cuDNN's kernels, for this process.
 
     It prefers them on Hopper and data-centre Blackwell, and cuDNN makes a plan for every length, while hardly two
-    passes have the same: on an H200 (2026-11-27, torch 2.11, LoRA, compiled) a pass of three questions took 0.74 to
-    0.87 s with lengths not seen before and 0.39 to 0.45 s with the same ones again, one of two shared pages 0.7 to
-    2.7 s and 0.35 to 0.41 s. Without cuDNN's the latter take 3 and 10 % longer, and all do.
+    passes have the same: new lengths then take longer than lengths seen before.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -13,7 +13,8 @@ is kept, what is not is searched, in this order, of which the first that fits is
 4. More examples at once before fewer: fewer passes, and under ZeRO-2 fewer reductions of the gradients.
 
 The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see common/memory.py for what they
-are made of. For packed batches let --tokens be --max_tokens_per_gpu, with as many --images as a pack has.
+are made of. For packed batches let --tokens be --max_tokens_per_gpu, with as many --images as a pack has, and
+--batch_size_per_gpu 1, which is all that goes with it.
 """
 
 from __future__ import annotations
