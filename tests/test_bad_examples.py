@@ -146,7 +146,8 @@ def test_bad_picture_in_a_file(tmp_path, processor, kind):
     rows, make_example = memes(tmp_path, BAD_PICTURES.get(kind, b""))
     if kind == "missing":  # when the run has begun
         (tmp_path / "img" / "0.png").unlink()
-    check_both_ways(ExampleDataset(len(rows), make_example, processor), f"{tmp_path}, split train, row 0: .*0.png")
+    # told by the file's line, as one who mends it looks it up
+    check_both_ways(ExampleDataset(len(rows), make_example, processor), f"{tmp_path}/train.jsonl, line 1: .*0.png")
 
 
 @pytest.mark.parametrize(
