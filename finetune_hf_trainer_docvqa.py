@@ -21,7 +21,7 @@ from common.errors import run, say, try_all
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import anls, anls_recipe, mean
-from common.preflight import preflight
+from common.preflight import check_machine, preflight
 from common.training import finish, is_saved, once, save, start, train
 
 MINI = "nielsr/docvqa_1200_examples"
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, check_checkpoint, load_data)
+    run(main, check_checkpoint, load_data, check_machine)

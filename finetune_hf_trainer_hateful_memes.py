@@ -26,7 +26,7 @@ from common.errors import UserError, run, say, try_all
 from common.evaluation import generate_answers, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, prepare_for_training
 from common.metrics import auroc, exact_match, mean, strip_answer
-from common.preflight import preflight
+from common.preflight import check_machine, preflight
 from common.training import finish, is_saved, once, save, start, train
 
 HUB = "HuggingFaceM4/the_cauldron:hateful_memes"
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, check_checkpoint, load_data)
+    run(main, check_checkpoint, load_data, check_machine)

@@ -21,7 +21,7 @@ from common.errors import run, say, try_all
 from common.evaluation import generate_answers, write_confusion, write_evaluation
 from common.loading import check_checkpoint, load_model, load_processor, longest_sequence, prepare_for_training
 from common.metrics import exact_match, mean, strip_answer
-from common.preflight import preflight
+from common.preflight import check_machine, preflight
 from common.training import finish, is_saved, once, save, start, train
 
 OTHER = "(other)"  # an answer that names no class
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, check_checkpoint, load_data)
+    run(main, check_checkpoint, load_data, check_machine)

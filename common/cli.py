@@ -290,13 +290,13 @@ def parse_options(
     problems += [f"--{name} is needed: {what}" for name, what in needed.items() if getattr(options, name) is None]
     problems += _number_problems(options) + _device_problems(options) + _file_problems(options)
     problems += push_problems(options.push_to_hub)
+    options.attention = choose_attention(options)
+    if options.use_liger is None:
+        options.use_liger = options.device == "cuda" and liger_is_installed()
     _raise_options_error(problems, options)
     note_origins(options, parser)
     at_once = options.num_processes * options.batch_size_per_gpu
     options.accumulation = None if options.packs else options.batch_size // at_once
-    options.attention = choose_attention(options)
-    if options.use_liger is None:
-        options.use_liger = options.device == "cuda" and liger_is_installed()
     if options.dry_run:  # a batch to evaluate, a step to train
         at_once = options.num_processes * options.eval_batch_size_per_gpu
         options.eval_limit, options.max_steps, options.eval_steps = min(options.eval_limit or at_once, at_once), 1, None

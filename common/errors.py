@@ -203,8 +203,8 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
     Where memory runs out, what to change is said below the traceback.
 
     Args:
-        checks: functions of the options that `main` calls in this order, once they are parsed, and that raise a
-            `UserError` for what they find. Where the options are wrong, or one of these raises, the later ones are
+        checks: functions of the options that raise a `UserError` for what they find. `main` calls the first of them in
+            this order, once they are parsed. Where the options are wrong, or one of these raises, the later ones are
             asked, too, so that all is told at once; of what they would fetch nothing is.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.metadata
@@ -22,7 +23,7 @@ from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
-from .errors import UserError, first_of, is_first_process, raise_all, rank_and_world, say
+from .errors import NotLookedAtError, UserError, first_of, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
@@ -99,14 +100,43 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         look_at_all(dataset, processor, options, config, number, decoded)
 
 
+def check_machine(options: argparse.Namespace) -> None:
+    """What of the above can be told where options, checkpoint or data are wrong, for the same list.
+
+    Raises:
+        UserError: libraries; no room on the disk for the model alone.
+    """
+    problems = []
+    for find in (version_problems, _room_problems):
+        with contextlib.suppress(NotLookedAtError):
+            problems += find(options)
+    raise_all(problems)
+
+
+def _room_problems(options: argparse.Namespace) -> list[str]:
+    if options.eval_only:
+        return []
+    try:
+        base, revision = checkpoint_of(options.model_name_or_path, options.revision)
+        config = Phi3VConfig.from_pretrained(base, revision=revision)
+    except (OSError, UserError):  # which is told by the check of the checkpoint
+        return []
+    return disk_problems(options, config, None, [])
+
+
 def version_problems(options: argparse.Namespace) -> list[str]:
     """Libraries that these options use and that are missing or older than the requirements files say."""
+    asks = {
+        "peft": lambda: options.use_lora,
+        "deepspeed": lambda: not options.use_lora and not options.eval_only,
+        "bitsandbytes": lambda: options.use_qlora or options.optim in BITSANDBYTES_OPTIMIZERS,
+        "flash-attn": lambda: options.attention == "flash_attention_2",
+        "liger-kernel": lambda: options.use_liger,
+    }
     names = {"torch", "transformers", "accelerate", "datasets"}
-    names |= {"peft"} if options.use_lora else set()
-    names |= {"deepspeed"} if not options.use_lora and not options.eval_only else set()
-    names |= {"bitsandbytes"} if options.use_qlora or options.optim in BITSANDBYTES_OPTIMIZERS else set()
-    names |= {"flash-attn"} if options.attention == "flash_attention_2" else set()
-    names |= {"liger-kernel"} if options.use_liger else set()
+    for name, is_used in asks.items():
+        with contextlib.suppress(NotLookedAtError):  # of wrong options
+            names |= {name} if is_used() else set()
     problems = []
     for file in sorted(REPOSITORY.glob("requirements*.txt")):
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line and line[0] not in "#-"]
@@ -195,29 +225,38 @@ def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: L
     return []
 
 
-def disk_problems(options: argparse.Namespace, config: Phi3VConfig, examples: int, facts: list[str]) -> list[str]:
+def disk_problems(
+    options: argparse.Namespace, config: Phi3VConfig, examples: int | None, facts: list[str]
+) -> list[str]:
     """Whether the output folder has room for the model and for the checkpoints kept and, beside them, the newest.
 
     What an interrupted run has left there is room too, for it counts among them.
+
+    Args:
+        examples: to train on; where their number is not known, only the model counts.
     """
     folder = options.output_dir.parent if options.dry_run else options.output_dir
-    steps = options.num_train_epochs * -(-examples // options.batch_size)
-    if options.max_steps and not options.dry_run:  # which takes one step of as many as there will be
-        steps = options.max_steps
-    done, kept = step_of(options.resume_from) if options.resume_from else 0, checkpoints_in(folder)
-    to_come = max(0, steps // options.save_steps - done // options.save_steps)
+    kept, to_come = checkpoints_in(folder), 0
+    if examples is not None:
+        steps = options.num_train_epochs * -(-examples // options.batch_size)
+        if options.max_steps and not options.dry_run:  # which takes one step of as many as there will be
+            steps = options.max_steps
+        done = step_of(options.resume_from) if options.resume_from else 0
+        to_come = max(0, steps // options.save_steps - done // options.save_steps)
     number = min(options.save_total_limit + 1, len(kept) + to_come)
     model, checkpoint = sizes_on_disk(options, config)
     files = [path for each in kept for path in each.rglob("*") if path.is_file()]
     there = sum(path.stat().st_size for path in [*files, *folder.glob("*.safetensors")])
-    needed, free = max(0, model + number * checkpoint - there), shutil.disk_usage(folder).free
+    disk = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    needed, free = max(0, model + number * checkpoint - there), shutil.disk_usage(disk).free
     facts.append(f"{needed / 1e9:,.2f} GB to be written ({free / 1e9:,.2f} GB free)")
     if needed <= free:
         return []
+    least = "at least " if examples is None else ""
     return [
-        f"--output_dir {folder}: the run writes {needed / 1e9:,.2f} GB (the model {model / 1e9:,.2f} GB, {number} "
-        f"checkpoints at a time of {checkpoint / 1e9:,.2f} GB), and {free / 1e9:,.2f} GB are free: make room, choose "
-        "another, lower --save_total_limit, or train adapters (--use_lora)"
+        f"--output_dir {folder}: the run writes {least}{needed / 1e9:,.2f} GB (the model {model / 1e9:,.2f} GB, "
+        f"{number} checkpoints at a time of {checkpoint / 1e9:,.2f} GB), and {free / 1e9:,.2f} GB are free: make room, "
+        "choose another, lower --save_total_limit, or train adapters (--use_lora)"
     ]
 
 

@@ -25,7 +25,7 @@ from common.cli import BAD_EXAMPLES, LOCK, RUN_RECORD, make_parser, parse_option
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
-from common.errors import MOST_PROBLEMS, UserError
+from common.errors import MOST_PROBLEMS, RightOptions, UserError
 from common.loading import load_model, load_processor, prepare_for_training
 from common.phi3v import Phi3VConfig
 from common.training import write_model
@@ -681,8 +681,12 @@ def test_the_shrunk_model_is_of_the_same_kind():
 # --- several steps
 
 
-def test_one_list_of_options_checkpoint_and_data(tmp_path):
+def test_one_list_of_options_checkpoint_data_and_machine(tmp_path, monkeypatch):
     """Two processes: one list, told once, before either is joined to the other; and nothing is left."""
+    old = tmp_path / "old" / "datasets-1.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(old.parent))
     checkpoint = write_stand_in_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     rows = datasets.Dataset.from_dict(
@@ -694,11 +698,19 @@ def test_one_list_of_options_checkpoint_and_data(tmp_path):
     arguments = ("--model_name_or_path", checkpoint, "--train_data", tmp_path / "train.parquet")
     arguments += ("--eval_data", tmp_path / "test.parquet", "--output_dir", tmp_path / "out")
     ended = run_script(
-        "finetune_hf_trainer_docvqa.py", *arguments, "--batch_size", 3, "--optim", "sgd", "--num_crops", 0
+        "finetune_hf_trainer_docvqa.py",
+        *arguments,
+        "--batch_size",
+        3,
+        "--optim",
+        "sgd",
+        "--num_crops",
+        0,
+        fresh=True,
     )
     assert ended.returncode != 0
     told = ended.stdout[ended.stdout.index("error: ") :].splitlines()
-    assert told[0] == "error: 7 problems:"
+    assert told[0] == "error: 8 problems:"
     expected = [
         "--optim sgd: it is one of",
         "--num_crops 0: it must be 1 to 16",
@@ -707,11 +719,28 @@ def test_one_list_of_options_checkpoint_and_data(tmp_path):
         f"{tmp_path / 'train.parquet'}, split train, row 1 has no answer",
         f"{tmp_path / 'train.parquet'}, split train, row 2 has no answer",
         f"--eval_data {tmp_path / 'test.parquet'} cannot be read as parquet",
+        "datasets 1.0 is installed, datasets>=",
     ]
-    for line, start in zip(told[1:8], expected, strict=True):
+    for line, start in zip(told[1:9], expected, strict=True):
         assert line.startswith(f"  - {start}")
     assert ended.stdout.count("error: ") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_room_is_asked_for_though_an_option_is_wrong(tmp_path, monkeypatch):
+    """For the model alone, in a folder that is not there yet; not where the wrong option is the folder."""
+    options, asked = options_of(tmp_path / "runs" / "out"), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or DISK(ROOM, ROOM, room))
+    model, _ = memory.sizes_on_disk(options, Phi3VConfig.from_pretrained(CHECKPOINT))
+    right = RightOptions(**{name: value for name, value in vars(options).items() if name != "num_crops"})
+    without = RightOptions(**{name: value for name, value in vars(options).items() if name != "output_dir"})
+    room = model
+    preflight.check_machine(right)
+    room = model - 1
+    with pytest.raises(UserError, match=rf"--output_dir {tmp_path}/runs/out: the run writes at least [\d.]+ GB"):
+        preflight.check_machine(right)
+    preflight.check_machine(without)
+    assert asked == [tmp_path, tmp_path]
 
 
 def test_option_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
