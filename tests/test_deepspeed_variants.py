@@ -1,7 +1,9 @@
 """ZeRO-2, ZeRO-2 with its state on the CPU and ZeRO-3, in two processes, by the DocVQA script as a user starts it.
 
-The same losses as plain training in one process, written here by hand: float32 sums in another order, 1e-5 relative.
-A run that is killed goes on to the same weights, bit for bit; with another number of processes to the same losses.
+The same losses as plain training in one process, written here by hand: float32 sums in another order, 1e-5 relative;
+with an optimizer that keeps its state in 8 bits 3e-3 (1.2e-3 was seen), and not 1e-5. A run that is killed goes on to
+the same weights, bit for bit; with another number of processes to the same losses (not in 8 bits, which have a scale
+for each block of a process's part).
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ VARIANTS = {
     "zero2": (),
     "zero2_offload": ("--deepspeed", "ds_configs/zero2_offload.json"),
     "zero3": ("--deepspeed", "ds_configs/zero3.json"),
+    "zero2_8bit": ("--optim", "adamw_8bit"),
+    "zero3_8bit": ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero3.json"),
     "lora": ("--use_lora", "--lora_rank", 8),  # under DDP
 }
+IN_8_BITS = ("zero2_8bit", "zero3_8bit")
 pytestmark = pytest.mark.long
 
 
@@ -115,7 +120,10 @@ def weights_of(folder):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_as_plain_training_in_one_process(plain_losses, uninterrupted, variant):
     own = [line["loss"] for line in read_log(uninterrupted(variant))]
-    assert own == pytest.approx(plain_losses("lora" if variant == "lora" else "zero2"), rel=1e-5)
+    expected = plain_losses("lora" if variant == "lora" else "zero2")
+    in_8_bits = variant in IN_8_BITS
+    assert own == pytest.approx(expected, rel=3e-3 if in_8_bits else 1e-5)
+    assert in_8_bits == (own != pytest.approx(expected, rel=1e-5))
     assert own[-1] < 0.98 * own[0]
 
 
@@ -177,7 +185,7 @@ def losses_of(folder):
     return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in read_log(folder)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in IN_8_BITS])
 def test_goes_on_in_one_process(uninterrupted, pages, tmp_path, variant):
     """From the checkpoint of two, as if the run had been killed when it was written; a micro-batch is larger too."""
     folder = tmp_path / "out"
