@@ -53,7 +53,10 @@ BFLOAT16 = (
 )
 # with adapters autocast chooses the precision
 LORA_FLOAT32 = ("reference", "single", "shared:tokens=4096")
-LORA_BFLOAT16 = ("single", "single:tokens=4096", "shared:tokens=4096", "single:tokens=4096,kernels=compiled")
+LORA_BFLOAT16 = (
+    *("single", "single:tokens=4096", "shared:tokens=4096"),
+    *("single:tokens=4096,kernels=liger", "single:tokens=4096,kernels=compiled"),
+)
 
 
 def paths() -> list[tuple[str, torch.dtype, tuple[str, ...]]]:

@@ -141,21 +141,21 @@ docvqa.run(docvqa.main)
 """
 
 
-@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_options_reach_what_they_change(pages, tmp_path, compiles):
+@pytest.mark.parametrize(("compiles", "bits"), [(False, 8), pytest.param(True, 32, marks=pytest.mark.long)])
+def test_options_reach_what_they_change(pages, tmp_path, compiles, bits):
     """One run with many options, evaluated before, between and after; compiling takes half a minute."""
     script = tmp_path / "watched.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{WATCHED}")
     options = ("--train_data", pages[0], "--eval_data", pages[1], "--eval_limit", 1, "--num_crops", 1, "--use_lora")
     options += ("--model_name_or_path", CHECKPOINT, "--output_dir", tmp_path / "out", "--no-tqdm", "--num_workers", 0)
     options += ("--max_steps", 2, "--eval_steps", 1, "--logging_steps", 1, "--batch_size", 6, "--share_images")
-    options += ("--max_tokens_per_gpu", 900, "--max_crops_per_call", 3, "--optim", "paged_adamw_8bit")
+    options += ("--max_tokens_per_gpu", 900, "--max_crops_per_call", 3, "--optim", f"paged_adamw_{bits}bit")
     options += ("--gradient_checkpointing", "selective", *(("--torch_compile",) if compiles else ()))
     ended = run_script(script, *options, processes=0)
     assert ended.returncode == 0, ended.stdout[-4000:]
     found = json.loads(re.search("FOUND (.*)", ended.stdout)[1])
     assert found["optimizer"] == "bitsandbytes.optim.adamw.AdamW"
-    assert found["bits"] == 8
+    assert found["bits"] == bits
     assert found["recomputed"] == [[True, False] * (len(stack) // 2) + [True] * (len(stack) % 2) for stack in STACKS]
     assert found["compiled"] == [[compiles] * len(stack) for stack in STACKS]
     assert found["crops"] == 3
