@@ -24,7 +24,9 @@ turns, A B A B, on the same pages; ratios are of the turns of one round. A turn 
 over `--pages_per_turn` pages, decoding and processing of the pictures included; the optimizer's step (gradient norm
 included) is measured by itself and counted once for `--batch_size` questions. `--questions_per_page N` has one-question
 ways ask only the first N of each page: their time per question does not depend on it. With `--num_workers` the workers
-have begun with a turn's batches when its clock starts, as within an epoch.
+have begun with a turn's batches when its clock starts, as within an epoch. Batches are taken one by one, where the
+Trainer takes a step's at once: a wait for a loader that has not all of them ready is not seen here, but in the log of
+training (`data_wait_share`).
 
 On a CPU a variant's peak of memory is measured in a process of its own (`--peak`), whose allocator gives back at once
 what is freed: the peak is what was held, as a GPU's figures are, not what the allocator kept besides.
