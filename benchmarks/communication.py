@@ -1,13 +1,14 @@
-"""The tables of docs/scaling.md: ZeRO-2's and DDP's communication at 8 to 1,000 GPUs, memory beside the published.
+"""The tables of docs/scaling.md: ZeRO-2's and DDP's communication at 8 to 1,000 GPUs, memory beside the published and
+beside peaks that `benchmarks/gpu.sh` has measured.
 
     python -m benchmarks.communication                  # prints them; --update writes them into the page
     python -m benchmarks.communication --intra_node 450 --inter_node 400 --seconds_full 0.3 --seconds_lora 0.2
 
-Nothing here is measured but the published rows. The model: a collective over n GPUs that leaves S bytes on each moves
-S (n - 1) / n a GPU (a reduction of gradients that all receive twice as much), at the slower of the links in a node and
-of what a node has to the others, and waits for every hop. A reduction runs beside the backward pass, but for its last
-bucket; the parameters are gathered after the optimizer's step, beside nothing. The seconds that a micro-batch
-takes without communication are what the published row of one node leaves.
+Nothing is measured here. The model of communication, which is compared with the published rows: a collective over n
+GPUs that leaves S bytes on each moves S (n - 1) / n a GPU (a reduction of gradients that all receive twice as much), at
+the slower of the links in a node and of what a node has to the others, and waits for every hop. A reduction runs beside
+the backward pass, but for its last bucket; the parameters are gathered after the optimizer's step, beside nothing. The
+seconds that a micro-batch takes without communication are what the published row of one node leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import markdown
+from benchmarks.measuring import RESULTS, markdown
+from benchmarks.models import make_config, make_processor
+from benchmarks.throughput import Variant
+from common.cli import CHECKPOINTING
 from common.memory import COMPUTE, Setting, count_weights, estimate, needed, peak, read_zero_configuration
 from common.phi3v import Phi3VConfig
 from tools.recipes import PUBLISHED, with_tables
@@ -32,6 +36,7 @@ GPUS_PER_NODE = 8
 ATTAINED = 0.8  # of a link's bandwidth
 SECONDS_PER_HOP = 1e-5
 BACKWARD_SHARE = 3 / 4  # of a micro-batch's seconds with every layer computed again: forward 1, again 1, backward 2
+OF_DEEPSPEED = ("gradient buckets", "gradients, accumulated", "the optimizer at work")  # parts of an estimate
 DDP_BUCKET = 25e6  # bytes: PyTorch's default
 
 
@@ -184,6 +189,77 @@ def memory_table() -> str:
     return markdown((*names, "needed with logits of the whole sequence, estimated"), rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredPeak:
+    """A measured peak, and the setting of which it is the peak.
+
+    Attributes:
+        tokens: of a question about a picture of its own.
+        together: questions that went through at once.
+        kernels: of the layers, as `benchmarks/throughput.py` names them.
+        measured: bytes.
+    """
+
+    gpu: str
+    setting: Setting
+    tokens: int
+    together: int
+    kernels: str
+    measured: float
+
+    @property
+    def estimated(self) -> float:
+        """In bytes; these steps are taken without DeepSpeed, so without what it holds besides."""
+        config = make_config("published", make_processor(self.setting.num_crops))
+        return peak([part for part in estimate(config, self.setting) if part.name not in OF_DEEPSPEED])
+
+    @property
+    def difference(self) -> float:
+        """The estimate against what was measured: 0.1 where it is a tenth more."""
+        return self.estimated / self.measured - 1
+
+
+def measured_peaks(folder: Path = RESULTS) -> list[MeasuredPeak]:
+    """Every one of one question a picture at the published size; of shared pictures there is no estimate."""
+    found = []
+    for path in sorted(folder.glob("gpu_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("size") != "published" or "gpu" not in result["machine"]:
+            continue
+        for name, figures in result.get("variants", {}).items():
+            variant = Variant.parse(name)
+            estimated = variant.way == "single" and variant.recompute in CHECKPOINTING and not variant.crops
+            if not estimated or "peak_gb" not in figures:
+                continue
+            tokens = round(figures["tokens_per_question"])
+            together = max(1, variant.tokens // tokens)
+            setting = Setting(
+                method=result["method"],
+                bf16=result["dtype"] == "bfloat16",
+                gradient_checkpointing=variant.recompute,
+                batch_size=result["batch_size"],
+                tokens=tokens,
+                num_crops=result["num_crops"],
+                torch_compile=variant.kernels == "compiled",
+                max_tokens_per_gpu=together * tokens if variant.packs else None,
+            )
+            measured = 1e9 * figures["peak_gb"]
+            found.append(MeasuredPeak(result["machine"]["gpu"], setting, tokens, together, variant.kernels, measured))
+    return found
+
+
+def measured_table() -> str:
+    """The measured peaks beside the estimates."""
+    kernels = {"none": "", "compiled": "`--torch_compile`", "liger": "Liger's, not in the estimate"}
+    rows = []
+    for one in measured_peaks():
+        sizes = (f"{size / 1e9:.1f}" for size in (one.measured, one.estimated))
+        about = (one.setting.method, f"{one.together} x {one.tokens:,}", one.setting.gradient_checkpointing)
+        rows.append([one.gpu, *about, kernels[one.kernels], *sizes, f"{one.difference:+.1%}"])
+    names = ("GPU", "method", "tokens at once", "computed again", "kernels", "peak measured, GB", "peak estimated, GB")
+    return markdown((*names, "estimated against measured"), rows)
+
+
 def tables() -> dict[str, str]:
     """Every table of docs/scaling.md by its name."""
     a100 = MACHINES[0]
@@ -192,6 +268,7 @@ def tables() -> dict[str, str]:
         "ddp-A100": scaling_table(a100, "lora"),
         "check": check_table(),
         "memory": memory_table(),
+        "measured": measured_table(),
     }
 
 
@@ -214,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if given and not compute:
             compute = compute_seconds(traffic(method), MACHINES[0], published_rows("A100", method)[0])
         print(f"{method}:\n{scaling_table(machine, method, compute)}")
-    print(check_table(), memory_table(), sep="\n", end="")
+    print(check_table(), memory_table(), measured_table(), sep="\n", end="")
     return 0
 
 

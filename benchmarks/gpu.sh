@@ -5,10 +5,10 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        where the JSON goes (benchmarks/results)
 #
-# PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them; what is compiled is compared where
-# time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a trial without a GPU:
-# OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, and KERNELS (compiled),
-# those of the fastest variants, which a CPU compiles for minutes.
+# PYTHON, SECONDS_IN_ALL (570), SECONDS_OF_CORRECTNESS (120), METHODS ("full qlora lora frozen", or some of them; what is
+# compiled is compared where time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a
+# trial without a GPU: OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, and
+# KERNELS (compiled), those of the fastest variants, which a CPU compiles for minutes.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/results}
@@ -69,7 +69,7 @@ step() {
 
 # what is compiled takes most of that time: it comes last
 # shellcheck disable=SC2086
-run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
+run "correctness" "${SECONDS_OF_CORRECTNESS:-120}" "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
   ${CORRECTNESS:-} || {
   printf '%s\n' "${left_out[@]}" "the gradients were not shown to agree: what follows is not worth timing (ANYWAY=1: all the same)"
   [[ ${ANYWAY:-} ]] || exit 1

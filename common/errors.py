@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -31,10 +32,12 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 LOOKING = "looking"
+TOKENS_OF_A_PAGE = 2443  # DocVQA's at 16 sub-images
 MOST_PROBLEMS = 20  # of examples, in one message
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _options: argparse.Namespace | None = None
+_longest: dict[str, int] = {}
 _undo: Callable[[], None] | None = None
 _fetches = True
 
@@ -176,6 +179,12 @@ def note_options(options: argparse.Namespace) -> None:
     """Remember a run's options, for what is said when memory runs out."""
     global _options
     _options = options
+
+
+def note_longest(tokens: int, answer_tokens: int, views: int) -> None:
+    """Remember the sizes of the longest example that was looked at, if any was, for the same."""
+    if tokens:
+        _longest.update(tokens=tokens, answer_tokens=answer_tokens, views=views)
 
 
 def undo_on_failure(undo: Callable[[], None]) -> None:
@@ -357,17 +366,32 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
     if unused is not None and asked is not None and unused > asked:
         remedies.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments")
     if on_gpu:
-        plan = (
-            f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
-        )
-        plan += f" --method {options.method} --batch_size {options.batch_size} --num_crops {options.num_crops}"
-        remedies.append(f"what fits is shown by {plan}{' --bf16' if options.bf16 else ''}")
+        remedies.append(f"what fits is shown by {_plan(options, size)}")
     else:
         if options.num_workers > 0:
             remedies.append(f"--num_workers {options.num_workers // 2} instead of {options.num_workers}")
         if (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
             remedies.append(f"--nproc_per_node {here // 2} instead of {here}")
     return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in remedies)
+
+
+def _plan(options: argparse.Namespace, size: float | None) -> str:
+    """The command that estimates this run; what `tools.plan` is to search is left out."""
+    words = f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
+    words += f" --method {options.method} --batch_size {options.batch_size} --num_crops {options.num_crops}"
+    words += " --bf16" if options.bf16 else ""
+    if os.path.isfile(os.path.join(options.model_name_or_path, "config.json")):
+        words += f" --model_name_or_path {shlex.quote(options.model_name_or_path)}"
+    if options.method in ("lora", "qlora"):
+        words += f" --lora_rank {options.lora_rank}" + (" --freeze_vision_model" if options.freeze_vision_model else "")
+    words += " --torch_compile" if options.torch_compile else ""
+    if options.packs:  # pictures that are shared without a number of tokens: as many as examples would be
+        row = options.max_tokens_per_gpu or options.batch_size_per_gpu * _longest.get("tokens", TOKENS_OF_A_PAGE)
+        words += f" --max_tokens_per_gpu {row}"
+    if _longest:
+        images = max(1, -(-_longest["views"] // (options.num_crops + 1)))
+        words += f" --tokens {_longest['tokens']} --answer_tokens {_longest['answer_tokens']} --images {images}"
+    return words
 
 
 def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:

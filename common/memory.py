@@ -2,9 +2,11 @@
 
 Parameters are counted on the model itself, which is built without memory. Sizes are in bytes. `peak` estimates what
 PyTorch has allocated at most, which is `memory_peak_gb` in the training log; `needed` adds an allowance. How close the
-parts come on a CPU, and the sum to a peak measured on a GPU: tests/test_plan.py and docs/scaling.md.
+parts come on a CPU, and the sum to the peaks measured on a GPU: tests/test_plan.py and docs/scaling.md.
 
-Left out: Liger's kernels and torch.compile, which keep less; an evaluation's cache; ZeRO-3.
+Left out: Liger's kernels, which keep less; an evaluation's cache; ZeRO-3. What a compiled layer keeps is what
+torch.compile's division into forward and backward pass leaves: of a row of operations that are fused it keeps the
+input, and computes the others again.
 
 Notation
 - rows: positions of all sequences on a GPU at once, or patches of all their sub-images
@@ -17,13 +19,16 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .cli import DEEPSPEED, MAX_NUM_CROPS, choose_precision, deepspeed_file, offloads_optimizer
+from .errors import TOKENS_OF_A_PAGE
 from .loading import add_adapters, choose_weights
 from .phi3v import Phi3VConfig, Phi3VForCausalLM
 
@@ -37,7 +42,11 @@ FRAGMENTATION = 0.05  # assumed: of the peak, what PyTorch's allocator holds and
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A configuration of a run, as the scripts' options name it; `tokens` and `answer_tokens` are an example's."""
+    """A configuration of a run, as the scripts' options name it.
+
+    `tokens`, `answer_tokens` and `images` are an example's. With `max_tokens_per_gpu` rows are packed: a pass takes as
+    many examples as have so many tokens together, instead of `batch_size_per_gpu`.
+    """
 
     method: str = "full"
     gpus: int = 1
@@ -46,7 +55,7 @@ class Setting:
     optim: str = "adamw_torch_fused"
     batch_size: int = 16
     batch_size_per_gpu: int = 1
-    tokens: int = 2443
+    tokens: int = TOKENS_OF_A_PAGE
     answer_tokens: int = 10
     images: int = 1
     num_crops: int = MAX_NUM_CROPS
@@ -54,6 +63,8 @@ class Setting:
     attention: str = "sdpa"
     deepspeed: str = DEEPSPEED
     freeze_vision_model: bool = False
+    torch_compile: bool = False
+    max_tokens_per_gpu: int | None = None
 
     @property
     def uses_lora(self) -> bool:
@@ -69,6 +80,25 @@ class Setting:
         """Bytes of a weight, and of the decoder's state between layers: float32 under float16 autocast."""
         options = argparse.Namespace(bf16=self.bf16, device="cuda", use_lora=self.uses_lora)
         return choose_precision(options).weights.itemsize
+
+    @property
+    def packs(self) -> bool:
+        return self.max_tokens_per_gpu is not None
+
+    @property
+    def at_once(self) -> Fraction:
+        """Examples that go through a GPU together; on the mean, where rows are packed."""
+        if self.max_tokens_per_gpu is None:
+            return Fraction(self.batch_size_per_gpu)
+        # as many as fit, but no more than a process has of a step, dealt by tokens: its share and one
+        return max(
+            Fraction(1),
+            min(Fraction(self.max_tokens_per_gpu, self.tokens), Fraction(self.batch_size, self.gpus) + 1),
+        )
+
+    def in_a_pass(self, number: int) -> int:
+        """Of what an example has so many of, how many go through a GPU together."""
+        return math.ceil(number * self.at_once)
 
 
 COMPUTE = 2  # bytes of what linear layers and attention take and give
@@ -181,22 +211,39 @@ def attention_kept(config: Phi3VConfig, setting: Setting, rows: int, length: int
     # the probabilities in float32 and rounded, or the output and a float32 for every head
     eager = setting.attention == "eager"
     attention += heads * length * (4 + COMPUTE) if eager else COMPUTE * hidden + 4 * heads
-    # attention's output lies head by head, as the rotated queries do, and is copied
-    linears = (Linear(hidden, hidden + 2 * kv_width), Linear(hidden, hidden))
-    return rows * (norm_kept_per_position(config, setting) + attention) + linears_kept(setting, True, rows, linears)
+    # Attention's output lies head by head, as the rotated queries do, and is copied. Compiled, both lie position by
+    # position, but for packed rows' output where it is put together from documents. (That their kernel for all lengths
+    # needs no such copy is left out: not every GPU has it, nor does it take pictures that are shared.)
+    copies = setting.packs or not setting.torch_compile
+    linears = (Linear(hidden, hidden + 2 * kv_width), Linear(hidden, hidden, keeps_input=copies))
+    norm = norm_kept_per_position(config, setting, setting.stored)
+    return rows * (norm + attention) + linears_kept(setting, True, rows, linears)
 
 
 def network_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
     """What the second half of a decoder layer, the feed-forward network, keeps for its backward pass, in bytes."""
     hidden, wide = config.hidden_size, config.intermediate_size
-    activated = COMPUTE * 3 * wide  # gate and up, the activated gate
+    # gate and up; the activated gate, unless it is computed again where it is fused with what follows
+    activated = COMPUTE * (2 if setting.torch_compile else 3) * wide
     linears = (Linear(hidden, 2 * wide), Linear(wide, hidden))
-    return rows * (norm_kept_per_position(config, setting) + activated) + linears_kept(setting, True, rows, linears)
+    norm = norm_kept_per_position(config, setting, COMPUTE)  # what the first half adds to the layer's input
+    return rows * (norm + activated) + linears_kept(setting, True, rows, linears)
 
 
-def norm_kept_per_position(config: Phi3VConfig, setting: Setting) -> int:
-    """In bytes: the input in float32, and if the weight trains what it is multiplied with."""
+def norm_kept_per_position(config: Phi3VConfig, setting: Setting, compiled_from: int | None = None) -> int:
+    """In bytes: the input in float32, and if the weight trains what it is multiplied with.
+
+    Args:
+        compiled_from: of a compiled norm, which computes these again: the bytes of a number of what it does so from.
+    """
+    if setting.torch_compile and compiled_from:
+        return compiled_from * config.hidden_size + 4
     return 4 * config.hidden_size + 4 + (0 if setting.uses_lora else setting.stored * config.hidden_size)
+
+
+def tower_state(setting: Setting) -> int:
+    """Bytes of a number between the tower's layers, which autocast makes those of what its norms give."""
+    return AUTOCAST_NORM if setting.uses_lora else setting.stored
 
 
 def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
@@ -205,11 +252,15 @@ def tower_layer_kept(config: Phi3VConfig, setting: Setting, rows: int) -> int:
     width, wide, heads = tower.hidden_size, tower.intermediate_size, tower.num_attention_heads
     eager = setting.attention == "eager"
     patches = (tower.image_size // tower.patch_size) ** 2 + 1
-    norms = 2 * ((AUTOCAST_NORM if setting.uses_lora else setting.stored) * width + 8)
-    casts = setting.uses_lora and AUTOCAST_NORM != COMPUTE  # each adapter for itself what the norm gives all three
+    # Compiled, norms are fused with the casts of what they give and with what the second one's input is the sum of, and
+    # so are the two steps of the activation.
+    fuses, state = setting.torch_compile, tower_state(setting)
+    norms = (state + (COMPUTE if fuses else state)) * width + 2 * 8
+    # each adapter for itself what the norm gives all three
+    casts = setting.uses_lora and not fuses and AUTOCAST_NORM != COMPUTE
     attention = COMPUTE * 3 * width
     attention += heads * patches * (4 + COMPUTE) if eager else COMPUTE * width + 4 * heads
-    mlp = COMPUTE * (2 if tower.hidden_act == "quick_gelu" else 1) * wide
+    mlp = COMPUTE * (2 if tower.hidden_act == "quick_gelu" and not fuses else 1) * wide
     linears = (
         *(Linear(width, width), Linear(width, width, keeps_input=casts), Linear(width, width, keeps_input=casts)),
         Linear(width, width, keeps_input=eager),
@@ -235,29 +286,37 @@ def stack_kept(setting: Setting, layers: Sequence[int], state: int) -> list[int]
     ]
 
 
+def decoder_layers_kept(config: Phi3VConfig, setting: Setting) -> list[int]:
+    """What each of the decoder's layers keeps for its backward pass where it is not computed again, in bytes."""
+    rows, labelled = setting.in_a_pass(setting.tokens), setting.in_a_pass(setting.answer_tokens)
+    attention = attention_kept(config, setting, rows, setting.tokens)
+    # behind the last layer's attention no other positions are used
+    last = attention + network_kept(config, setting, labelled)
+    return [attention + network_kept(config, setting, rows)] * (config.num_hidden_layers - 1) + [last]
+
+
 def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     """Everything that the forward pass leaves for the backward pass, and what that needs beside it as it begins."""
     tower = config.tower_config()
     hidden, width = config.hidden_size, tower.hidden_size
-    rows = setting.tokens * setting.batch_size_per_gpu
-    views = setting.images * (setting.num_crops + 1) * setting.batch_size_per_gpu
+    rows, views = setting.in_a_pass(setting.tokens), setting.in_a_pass(setting.images * (setting.num_crops + 1))
     patch_rows = views * ((tower.image_size // tower.patch_size) ** 2 + 1)
     features = min(rows, 149 * views)  # 144 a view and the separators
-    attention, network = attention_kept(config, setting, rows, setting.tokens), network_kept(config, setting, rows)
-    labelled = setting.answer_tokens * setting.batch_size_per_gpu
-    # behind the last layer's attention no other positions are used
-    last = attention + network_kept(config, setting, labelled)
-    layers = [attention + network] * (config.num_hidden_layers - 1) + [last]
+    labelled = setting.in_a_pass(setting.answer_tokens)
+    layers = decoder_layers_kept(config, setting)
     kept_by_layer = stack_kept(setting, layers, setting.stored * rows * hidden)
-    if setting.freezes_vision and not computed_again(setting, 1)[0]:
-        kept_by_layer[0] -= rows * (4 * hidden + 4)  # the first norm's input has no gradient
-    # the last norm; the rotation, which all layers share
+    # What comes into a stack has no gradient where nothing before it trains, and its first norm does not keep it,
+    # unless it is made to require one: with checkpointing, and where layers are compiled (common/layers.py).
+    checkpoints = setting.gradient_checkpointing != "none"
+    first_keeps_less = not (checkpoints or setting.torch_compile)
+    if setting.freezes_vision and first_keeps_less:
+        kept_by_layer[0] -= rows * (4 * hidden + 4)
+    # the last norm, which is no layer's; the rotation, which all layers share
     kept = sum(kept_by_layer) + labelled * norm_kept_per_position(config, setting)
     kept += 2 * COMPUTE * rows * hidden // config.num_attention_heads
-    # with checkpointing, embeddings that do not train are made to require gradients, and so are kept
-    marks_inputs = setting.gradient_checkpointing != "none" and setting.method != "full"
-    kept += setting.stored * rows * hidden if marks_inputs else 0
-    if setting.attention == "eager" and setting.gradient_checkpointing != "none":
+    if setting.method != "full" and not first_keeps_less:
+        kept += setting.stored * rows * hidden  # so are the embeddings, before the image features are put among them
+    if setting.attention == "eager" and checkpoints:
         kept += setting.stored * rows * setting.tokens  # the mask, for what is computed again
     again_in_words = f"checkpointing {setting.gradient_checkpointing}"
     yield Part("activations, decoder", "backward", kept, f"{rows} positions, {again_in_words}")
@@ -265,25 +324,30 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     kept_image, about = 4 * pixels, f"{views} sub-images, nothing kept of a frozen tower"
     if not setting.freezes_vision:
         one = tower_layer_kept(config, setting, patch_rows)
-        state = setting.stored * patch_rows * width
+        state = tower_state(setting) * patch_rows * width
         kept_image += sum(stack_kept(setting, [one] * config.num_tower_layers_used, state))
-        if setting.uses_lora and not computed_again(setting, 1)[0]:
-            kept_image -= patch_rows * (AUTOCAST_NORM * width + 8)  # the first norm's input has no gradient
+        if setting.uses_lora and first_keeps_less:
+            kept_image -= patch_rows * (AUTOCAST_NORM * width + 8)
         # the patches and what the norm before the layers is given
-        kept_image += 2 * state * marks_inputs if setting.uses_lora else setting.stored * pixels + state
+        patches = setting.stored * patch_rows * width
+        kept_image += (patches + state) * checkpoints if setting.uses_lora else setting.stored * pixels + state
         projection = (Linear(4 * width, hidden), Linear(hidden, hidden))
         kept_image += COMPUTE * features * hidden + linears_kept(setting, True, features, projection)
         about = f"{views} sub-images of {patch_rows // views} patches, {again_in_words}"
     yield Part("activations, image side", "backward", kept_image, about)
     # Either the last layer with the gradients of its attention on their way, or the one before it with those of its
     # network's two halves (an adapter's of float16 come in float32), when what the last one kept is free again.
+    # Of packed rows layers that are computed again run uncompiled: attention, which is not compiled with them, stands
+    # amid what checkpointing has compiled as a whole or not at all.
     again = computed_again(setting, len(layers))
+    compiled = setting.torch_compile and not setting.packs
+    worked = decoder_layers_kept(config, dataclasses.replace(setting, torch_compile=compiled))
     eager = setting.attention == "eager"
     flowing = rows * (config.num_attention_heads * setting.tokens * (4 + COMPUTE) if eager else 4 * COMPUTE * hidden)
-    at_work = flowing + (last if again[-1] else 0)
+    at_work = flowing + (worked[-1] if again[-1] else 0)
     if len(layers) > 1:
         flowing = rows * config.intermediate_size * COMPUTE * (3 if setting.stored == COMPUTE else 4)
-        at_work = max(at_work, flowing + (layers[-2] if again[-2] else 0) - kept_by_layer[-1])
+        at_work = max(at_work, flowing + (worked[-2] if again[-2] else 0) - kept_by_layer[-1])
     yield Part("a decoder layer at work", "backward", at_work, "computed again, gradients on their way")
     logits = labelled * config.vocab_size * (2 * COMPUTE + 3 * 4)
     yield Part("logits", "backward", logits, f"{setting.answer_tokens} labelled positions an example")
@@ -343,7 +407,7 @@ def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
         parts.append(
             Part("gradient buckets", "backward", size, f"{copies} of {bucket:.0e} elements, a weight's gradient")
         )
-        if setting.batch_size > setting.batch_size_per_gpu * setting.gpus:
+        if setting.batch_size > setting.at_once * setting.gpus:
             parts.append(Part("gradients, accumulated", "backward", 2 * held, "beside a micro-batch's own"))
         if offloads:
             parts.append(Part("masters, gradients, state", "outside", 16 * share, "float32, on the computer's side"))
@@ -377,10 +441,13 @@ def needed(parts: Sequence[Part]) -> float:
 
 
 def setting_of(options: argparse.Namespace, world: int, **sizes: int) -> Setting:
-    """The setting of a run of `world` processes; `sizes` are the fields of `Setting` that describe an example."""
+    """The setting of a run of `world` processes; `sizes` are the fields of `Setting` that describe an example, or where
+    rows are packed all that are in one."""
     names = ("method", "bf16", "gradient_checkpointing", "optim", "batch_size", "batch_size_per_gpu", "num_crops")
-    names += ("lora_rank", "attention", "freeze_vision_model")
+    names += ("lora_rank", "attention", "freeze_vision_model", "torch_compile")
     given = {name: getattr(options, name) for name in names}
+    if options.packs:
+        given |= {"max_tokens_per_gpu": options.batch_size_per_gpu * sizes["tokens"], "batch_size_per_gpu": 1}
     return Setting(**{**given, "gpus": world, "deepspeed": options.deepspeed or DEEPSPEED, **sizes})
 
 

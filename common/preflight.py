@@ -23,7 +23,16 @@ from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
-from .errors import NotLookedAtError, UserError, first_of, is_first_process, raise_all, rank_and_world, say
+from .errors import (
+    NotLookedAtError,
+    UserError,
+    first_of,
+    is_first_process,
+    note_longest,
+    raise_all,
+    rank_and_world,
+    say,
+)
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training
 from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
@@ -36,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
 SECONDS = 2.0  # a process decodes pictures; of the sample's others it reads the headers
 TOKENS_PER_VIEW = 149  # about: 144 and its share of the separators
-CERTAIN = 0.7  # of the estimated activations; Liger's kernels and torch.compile keep less than the estimate says
+CERTAIN = 0.7  # of the estimated activations; Liger's kernels keep less than the estimate says
 
 
 class Look(NamedTuple):
@@ -71,6 +80,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
     if dataset is not None:
         looks = together(lambda: look_at_examples(dataset, processor, config.max_position_embeddings))
         longest = max(looks, key=lambda look: look.tokens)
+        note_longest(longest.tokens, longest.labelled, longest.views)
         found = [problem for look in looks for problem in look.problems]
         number, decoded = (sum(getattr(look, name) for look in looks) for name in ("examples", "decoded"))
         facts.append(f"{number} of {len(dataset)} examples ({decoded} decoded), of up to {longest.tokens} tokens")

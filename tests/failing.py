@@ -35,7 +35,9 @@ def options_of(**given: object) -> argparse.Namespace:
     values = {"method": "full", "batch_size": 64, "batch_size_per_gpu": 4, "max_tokens_per_gpu": None, "num_crops": 16}
     values |= {"gradient_checkpointing": "none", "eval_batch_size_per_gpu": 4, "max_crops_per_call": None, "bf16": True}
     values |= {"freeze_vision_model": False, "deepspeed": None, "device": "cuda", "eval_only": False, "num_workers": 4}
-    return argparse.Namespace(**{**values, "num_processes": 8, **given})
+    values |= {"num_processes": 8, "model_name_or_path": "microsoft/Phi-3.5-vision-instruct", "lora_rank": 64}
+    values |= {"torch_compile": False, "packs": given.get("max_tokens_per_gpu") is not None}
+    return argparse.Namespace(**{**values, **given})
 
 
 def end(how: str) -> None:

@@ -534,7 +534,16 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
     assert "left out: out of memory" in text
     assert text.count("not measured") == 3 + 3
     (tmp_path / "gpu_x_qlora.json").write_text(json.dumps(gpu_result("qlora")))
-    assert "| ~10 GB | GPU X | 7.58 | 5.8 | 15.5 GB | none fits |" in render.render(tmp_path)
+    assert "| ~10 GB | GPU X | 7.58 | 5.8 | 15.5 GB | not measured |" in render.render(tmp_path)
+    for leanest, told in (
+        ({"left_out": "no time left"}, "not measured"),
+        ({"left_out": "CUDA out of memory. Tried to allocate 2.00 GiB."}, "none fits"),
+        ({**gpu_result("qlora")["variants"]["single:tokens=8192"], "questions_per_second": 2.0}, "none fits"),
+    ):
+        result = gpu_result("qlora")
+        result["variants"][render.LEANEST] = leanest
+        (tmp_path / "gpu_x_qlora.json").write_text(json.dumps(result))
+        assert f"| ~10 GB | GPU X | 7.58 | 5.8 | 15.5 GB | {told} |" in render.render(tmp_path)
     (tmp_path / "gpu_x_qlora.json").unlink()
     # a trial at another size is no measurement of a published row
     (tmp_path / "gpu_x_lora.json").write_text(json.dumps({**gpu_result("lora"), "size": "tiny"}))
@@ -608,6 +617,7 @@ def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
             "KERNELS": "none",
             "PYTHON": sys.executable,
             "SECONDS_IN_ALL": "3000",
+            "SECONDS_OF_CORRECTNESS": "600",
         },
         capture_output=True,
         text=True,

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -18,14 +21,17 @@ from bitsandbytes.optim import AdamW8bit
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BitsAndBytesConfig
 
-from benchmarks.models import SIZES, make_config, make_processor
+from benchmarks.communication import measured_peaks
+from benchmarks.models import SIZES
 from common import memory
 from common.cli import CHECKPOINTING
+from common.cli import make_parser as make_script_parser
 from common.errors import UserError
-from common.layers import recompute_layers
+from common.layers import causal_lm_of, compile_layers, recompute_layers
 from common.loading import add_adapters, choose_weights, leave_casting_to_autocast
 from common.memory import METHODS, Setting, estimate, needed, optimizer_bytes, peak
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+from common.phi3v.masks import BY_DOCUMENT
 from tests.launch import REPOSITORY, read_log, run_script
 from tests.model_helpers import tiny_config
 from tools import plan
@@ -62,15 +68,16 @@ def setting_of(method, **changes):
     return Setting(**{"method": method, "tokens": TOKENS, "num_crops": 1, "lora_rank": RANK} | changes)
 
 
-def forward(model, method, tokens=TOKENS):
+def forward(model, method, tokens=TOKENS, packs=False):
     input_ids = torch.full((1, tokens), 10)
     input_ids[:, :IMAGE_TOKENS] = IMAGE_ID
     labels = torch.full_like(input_ids, -100)
     labels[:, -10:] = 5
     autocast = torch.autocast("cpu", torch.bfloat16) if method in ("lora", "qlora") else contextlib.nullcontext()
     pixels, sizes = torch.zeros(2, 3, 336, 336), torch.tensor([[336, 336]])
+    row = {"position_ids": torch.arange(tokens)[None], "branch_ids": torch.zeros_like(input_ids)} if packs else {}
     with autocast:
-        return model(input_ids=input_ids, pixel_values=pixels, image_sizes=sizes, labels=labels).loss, pixels
+        return model(input_ids=input_ids, pixel_values=pixels, image_sizes=sizes, labels=labels, **row).loss, pixels
 
 
 # --- weights and optimizer: exact
@@ -154,12 +161,12 @@ def test_paged_state_leaves_the_gpu_but_for_small_tensors_and_scales():
 # --- activations: against PyTorch's allocator
 
 
-def allocations(model, method, tokens):
+def allocations(model, method, tokens, packs=False):
     """What lives as the backward pass begins and what lives at most, above weights, gradients and input, in bytes."""
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss, pixels = forward(model, method, tokens)
+        loss, pixels = forward(model, method, tokens, packs)
         with record_function("backward begins"):
             pass
         loss.backward()
@@ -192,17 +199,64 @@ def test_activations_are_what_the_allocator_counts(method, attention, which, mon
     case = f"{method}, {attention}, {which}"
     within(case, "activations kept, relative", abs(kept / at_begin - 1), 0.03)
     expected = kept + parts["a decoder layer at work"]
-    within(case, "activations at most, relative", abs(expected / at_most - 1), 0.10)
+    # where the CPU has no bfloat16 instructions an adapter's product has a scratch in float32: 12.4 % were seen
+    within(case, "activations at most, relative", abs(expected / at_most - 1), 0.15 if method == "lora" else 0.10)
 
 
-def test_norms_that_autocast_makes_float32_cost_what_is_computed(monkeypatch):
-    """As on CUDA: a tower's norms keep their input in float32, and each adapter casts what they give for itself."""
-    config, setting = small_config(), setting_of("lora", gradient_checkpointing="none")
+def compile_as_divided(model, monkeypatch):
+    """Layers divided into forward and backward pass as for the compiler, which decides what they keep; and run so."""
+    torch._dynamo.reset()
+    with monkeypatch.context() as patched:
+        compiles = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager_decomp_partition")
+        patched.setattr(torch.nn.Module, "compile", compiles)
+        compile_layers(model)
+
+
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)  # adapters take half a minute to divide
+
+
+@pytest.mark.parametrize(
+    ("method", "packs", "which"),
+    [
+        ("full", True, "none"),
+        LONG("full", False, "selective"),
+        LONG("frozen", True, "selective"),
+        LONG("frozen", False, "none"),
+        LONG("lora", True, "none"),
+        LONG("lora", False, "none"),
+        LONG("lora", True, "selective"),
+    ],
+)
+def test_what_compiled_layers_keep_is_what_the_allocator_counts(method, packs, which, monkeypatch, within):
+    """As the backward pass begins within 3 %, as uncompiled."""
+    monkeypatch.setattr(memory, "AUTOCAST_NORM", 2)
+    torch.manual_seed(0)
+    model = prepare(Phi3VForCausalLM(small_config()).to(torch.bfloat16), method, which)
+    causal_lm_of(model).config._attn_implementation = BY_DOCUMENT if packs else "sdpa"
+    compile_as_divided(model, monkeypatch)
+    forward(model, method, packs=packs)[0].backward()
+    at_begin, _ = allocations(model, method, TOKENS, packs)
+    row = {"max_tokens_per_gpu": TOKENS} if packs else {}
+    setting = setting_of(method, gradient_checkpointing=which, torch_compile=True, **row)
+    parts = {part.name: part.size for part in memory.activation_parts(small_config(), setting)}
+    kept = parts["activations, decoder"] + parts["activations, image side"] - 4 * 2 * 3 * 336**2
+    case = f"compiled {method}, {'packed, ' if packs else ''}{which}"
+    within(case, "activations kept, relative", abs(kept / at_begin - 1), 0.03)
+
+
+@pytest.mark.parametrize(("which", "compiles"), [("none", False), ("full", False), LONG("none", True)])
+def test_norms_that_autocast_makes_float32_cost_what_is_computed(which, compiles, monkeypatch):
+    """As on CUDA: a tower's norms keep their input in float32, and each adapter casts what they give for itself;
+    between layers it is float32, too. Compiled, the second norm's input is computed again."""
+    config, setting = small_config(), setting_of("lora", gradient_checkpointing=which, torch_compile=compiles)
 
     def kept(norm_bytes):
         monkeypatch.setattr(memory, "AUTOCAST_NORM", norm_bytes)
         torch.manual_seed(0)
-        model = prepare(Phi3VForCausalLM(config).to(torch.bfloat16), "lora")
+        model = prepare(Phi3VForCausalLM(config).to(torch.bfloat16), "lora", which)
+        if compiles:
+            compile_as_divided(model, monkeypatch)
+            forward(model, "lora")[0].backward()
         real, _ = allocations(model, "lora", TOKENS)
         parts = {part.name: part.size for part in memory.activation_parts(config, setting)}
         return real, parts["activations, image side"]
@@ -354,11 +408,73 @@ def test_what_is_given_is_kept_and_what_helps_is_told_where_nothing_fits(capsys)
     code, shown = run_plan(capsys, *words, "--batch_size_per_gpu", "1", "--deepspeed", "ds_configs/zero2.json")
     assert code == 1
     assert shown.startswith("nothing fits 20 GB; the least greedy, --gradient_checkpointing none --optim adamw_torch_f")
-    for change in ("--method qlora", "8 GPUs instead of 1", "--num_crops 4"):
-        assert change in shown
+    for change in ("--freeze_vision_model", "--use_lora --use_qlora", "8 GPUs instead of 1", "--num_crops 4"):
+        assert f"\n  {change} " in shown
     code, shown = run_plan(capsys, "--gpu_memory", "12", "--bf16", "--method", "qlora")
     assert code == 0
     assert "in NF4" in shown
+
+
+def test_packed_rows_have_as_many_tokens_as_are_given(capsys):
+    """And no --batch_size_per_gpu, which the scripts refuse beside it; nor need the batch be a multiple of the GPUs."""
+    words = ("--gpu_memory", "80", "--method", "lora", "--bf16", "--gpus", "3", "--batch_size", "64")
+    code, shown = run_plan(capsys, *words, "--max_tokens_per_gpu", "8000", "--torch_compile")
+    assert code == 0
+    proposed = shown.splitlines()[0].partition(": ")[2]
+    assert "--max_tokens_per_gpu 8000 --torch_compile" in proposed
+    assert "--batch_size_per_gpu" not in shown
+    assert "8000 positions" in shown
+    with_scripts_parser(proposed)
+    code, shown = run_plan(capsys, *words[:-1], "63", "--max_tokens_per_gpu", "900000")
+    assert f"{22 * 2443} positions" in shown  # of a step a process has no more than its share and one example
+    code, shown = run_plan(capsys, "--gpu_memory", "12", *words[2:], "--max_tokens_per_gpu", "8000")
+    assert code == 1
+    assert "\n  --max_tokens_per_gpu 4000 " in shown
+
+
+def with_scripts_parser(words):
+    """The options that a script makes of these."""
+    return make_script_parser("").parse_args(words.split())
+
+
+def test_a_packed_row_takes_what_its_examples_take():
+    """In a pass of three examples' tokens as much as of three at once; two thirds more of it where two thirds fit."""
+    one = Setting("lora", gradient_checkpointing="none", batch_size=64)
+    three, packed = (
+        dataclasses.replace(one, **more) for more in ({"batch_size_per_gpu": 3}, {"max_tokens_per_gpu": 7329})
+    )
+    assert sizes_of(packed) == sizes_of(three)
+    more = dataclasses.replace(one, max_tokens_per_gpu=9772)
+    assert (sizes_of(more)["logits"], sizes_of(packed)["logits"]) == (
+        4 * sizes_of(one)["logits"],
+        3 * sizes_of(one)["logits"],
+    )
+    full = Setting("full", gpus=8, batch_size=16)
+    assert "gradients, accumulated" in sizes_of(full)
+    # two examples and one: a process has all of its share in one pass
+    assert "gradients, accumulated" not in sizes_of(dataclasses.replace(full, max_tokens_per_gpu=3 * 2443))
+
+
+def test_what_is_compiled_needs_less_and_packed_rows_that_are_computed_again_as_much():
+    def peak_of(**given):
+        return sizes_of(Setting("lora", **given))["peak"]
+
+    for given in (
+        {"gradient_checkpointing": "none"},
+        {"max_tokens_per_gpu": 5000, "gradient_checkpointing": "none"},
+        {},
+    ):
+        assert peak_of(torch_compile=True, **given) < peak_of(**given)
+    assert peak_of(torch_compile=True, max_tokens_per_gpu=5000) == peak_of(max_tokens_per_gpu=5000)
+
+
+def test_options_are_the_scripts_but_for_those_that_are_named():
+    scripts = set(make_script_parser("")._option_string_actions)
+    own = {option for option in plan.make_parser()._option_string_actions if option not in scripts}
+    for text in (plan.__doc__, (REPOSITORY / "docs/memory.md").read_text()):
+        told = re.search(r"Options are the scripts' own, but for (.*?)\. ", " ".join(text.split()))[1]
+        assert set(re.findall(r"--\w+", told)) == own
+    assert all(with_scripts_parser(words) for words in plan.AS_OPTIONS.values())
 
 
 def test_sizes_come_from_the_folder(capsys, tmp_path):
@@ -374,6 +490,11 @@ def test_sizes_come_from_the_folder(capsys, tmp_path):
     [
         (("--gpus", "0", "--tokens", "3"), ("2 problems", "--gpus 0", "--tokens 3")),
         (("--batch_size", "7", "--gpus", "2"), ("--batch_size 7 cannot be divided by 2",)),
+        (("--batch_size", "7", "--max_tokens_per_gpu", "0"), ("--max_tokens_per_gpu 0: it must be at least 1",)),
+        (
+            ("--max_tokens_per_gpu", "3000", "--batch_size_per_gpu", "2", "--tokens", "4000"),
+            ("2 problems", "--batch_size_per_gpu 2 both say", "must be at least --tokens 4000"),
+        ),
         (("--deepspeed", "ds_configs/zero3.json"), ("stage 3",)),
         (("--deepspeed", "ds_configs/zero2.json", "--method", "lora"), ("leave it out for lora",)),
         (("--model_name_or_path", "/no/such/folder"), ("/no/such/folder",)),
@@ -389,17 +510,35 @@ def test_wrong_options_are_told_all_at_once(words, told):
 # --- a GPU
 
 
-def test_the_estimate_is_within_a_fifth_of_a_peak_that_was_measured():
-    """LoRA at the published size, one page a pass, every layer recomputed: `benchmarks/gpu.sh` on one H200."""
-    measured = json.loads((REPOSITORY / "benchmarks/results/gpu_h200_lora.json").read_text())
-    figures = measured["variants"]["single:recompute=full"]
-    tokens, num_crops = round(figures["tokens_per_question"]), measured["num_crops"]
-    setting = Setting(method="lora", gradient_checkpointing="full", tokens=tokens, num_crops=num_crops)
-    config = make_config("published", make_processor(num_crops))
-    estimated = peak(estimate(config, setting)) / 1e9
-    assert estimated == pytest.approx(figures["peak_gb"], rel=0.2)
-    told = f"{figures['peak_gb'] / estimated - 1:.0%} above ([{figures['peak_gb']:.1f} GB]"
-    assert told.replace("%", " %") in (REPOSITORY / "docs/scaling.md").read_text()
+MEASURED = measured_peaks()
+
+
+def test_every_peak_that_was_measured_is_compared():
+    """Of every committed result of a GPU all that is of one question a picture."""
+    paths = (REPOSITORY / "benchmarks/results").glob("gpu_*.json")
+    results = [json.loads(path.read_text()) for path in paths]
+    variants = [each for result in results for each in result.get("variants", {}).items()]
+    single = [figures["peak_gb"] for name, figures in variants if name.startswith("single") and "peak_gb" in figures]
+    assert sorted(1e9 * size for size in single) == sorted(one.measured for one in MEASURED)
+    assert {one.setting.method for one in MEASURED} >= {"full", "frozen", "lora"}
+
+
+@pytest.mark.parametrize(
+    "one",
+    MEASURED,
+    ids=lambda one: f"{one.setting.method}-{one.together}-{one.setting.gradient_checkpointing}-{one.kernels}",
+)
+def test_the_estimate_is_within_a_fifth_of_a_peak_that_was_measured(one):
+    """At the published size: `benchmarks/gpu.sh` on one H200, and what docs/scaling.md says of it."""
+    assert abs(one.difference) <= 0.2
+
+
+def test_the_page_says_how_near_the_estimates_are():
+    def furthest(kernels):
+        return f"{max(abs(one.difference) for one in MEASURED if one.kernels == kernels):.1%}".replace("%", " %")
+
+    told = f"{furthest('none')} with layers as they are, {furthest('compiled')} compiled and {furthest('liger')} with"
+    assert told in " ".join((REPOSITORY / "docs/scaling.md").read_text().split())
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from transformers import set_seed
 
-from common import data, memory, preflight, training
+from common import data, errors, memory, preflight, training
 from common.checkpoints import STAGES
 from common.cli import BAD_EXAMPLES, LOCK, RUN_RECORD, make_parser, parse_options
 from common.collation import Example, Turn
@@ -528,6 +528,28 @@ def test_memory_is_of_the_longest_example_seen_and_of_a_full_pack(tmp_path, monk
     of_a_step = ("--batch_size", 1, "--max_tokens_per_gpu")  # of which two processes may get up to two examples
     assert peak(PAGE, *of_a_step, 100_000) == peak(PAGE, *of_a_step, 2 * PAGE.tokens)
     assert peak(preflight.Look([], 1, 1, 300, 10, 0)) < one
+    kept = ("--gradient_checkpointing", "none")
+    assert peak(PAGE, *kept, "--torch_compile") < 0.9 * peak(PAGE, *kept)
+
+
+def test_a_packed_row_is_of_what_goes_through_at_once(tmp_path):
+    """Pictures that are shared without a number of tokens: as many as examples would be."""
+    sizes = {"tokens": 3000, "answer_tokens": 10}
+    options = options_of(tmp_path, "--batch_size_per_gpu", 2)
+    assert not memory.setting_of(options, 1, **sizes).packs
+    options.packs = True
+    setting = memory.setting_of(options, 1, **sizes)
+    assert (setting.packs, setting.in_a_pass(3000), setting.in_a_pass(10)) == (True, 6000, 20)
+    options = options_of(tmp_path, "--max_tokens_per_gpu", 9000)
+    assert memory.setting_of(options, 1, **sizes).in_a_pass(3000) == 3000  # whatever sizes are given, they are a row's
+
+
+def test_the_longest_example_is_what_is_told_where_memory_runs_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "_longest", {})
+    preflight.preflight(dataset_of(), processor_of_demo(), options_of(tmp_path))
+    assert f"of up to {errors._longest['tokens']} tokens" in capsys.readouterr().out
+    assert errors._longest["views"] == 2  # of one sub-image and the whole
+    assert 0 < errors._longest["answer_tokens"] < errors._longest["tokens"]
 
 
 def test_evaluation_alone_needs_the_weights(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ from common import checkpoints, cli, errors, training, watching
 from common.checkpoints import check_same_run
 from common.errors import NotWrittenError, UserError, advise, comes_of_another, is_out_of_memory, run
 from common.files import INCOMPLETE
+from common.phi3v import Phi3VConfig
 from common.watching import Watchdog, WatchedTrainer, in_words
 from tests.failing import NO_MEMORY, options_of
 from tests.launch import REPOSITORY, run_script
 from tests.resumable import STEPS, AtStep
 from tests.watched import SLOW, keys_of, make_trainer, spoil
+from tools import plan
 
 TESTS = REPOSITORY / "tests"
 
@@ -542,9 +545,38 @@ def test_an_evaluation_between_steps_is_known_by_where_it_ran():
     assert "This was evaluation with --eval_batch_size_per_gpu 4" in advise(error, options_of())
 
 
-def test_the_advised_plan_is_a_command_that_works(capsys):
-    from tools import plan
+PACKED = {"method": "lora", "lora_rank": 16, "batch_size": 100, "batch_size_per_gpu": 1, "max_tokens_per_gpu": 9000}
+SHARED = {"method": "qlora", "batch_size": 60, "packs": True, "freeze_vision_model": True, "torch_compile": True}
 
-    told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of())
-    words = told.rpartition("python -m tools.plan ")[2].split()
-    assert plan.parse(words).gpu_memory == 85
+
+@pytest.mark.parametrize(
+    ("given", "longest", "described"),
+    [
+        ({}, None, {"model_name_or_path": "official", "batch_size": 64, "tokens": 2443, "max_tokens_per_gpu": None}),
+        ({}, (3000, 7, 34), {"tokens": 3000, "answer_tokens": 7, "images": 2, "num_crops": 16}),
+        ({"num_crops": 4}, (9000, 7, 40), {"images": 8}),
+        ({"bf16": False}, (50, 7, 0), {"images": 1, "bf16": False, "tokens": 50}),
+        (PACKED, (3000, 7, 17), {"batch_size": 100, "max_tokens_per_gpu": 9000, "lora_rank": 16, "tokens": 3000}),
+        ({**PACKED, "max_tokens_per_gpu": 900}, None, {"max_tokens_per_gpu": 900, "tokens": 900}),
+        (SHARED, (3000, 7, 17), {"batch_size": 60, "max_tokens_per_gpu": 4 * 3000, "torch_compile": True}),
+        (SHARED, None, {"max_tokens_per_gpu": 4 * 2443, "freeze_vision_model": True, "method": "qlora"}),
+    ],
+)
+def test_the_advised_plan_is_a_command_that_describes_the_run(given, longest, described, monkeypatch):
+    """As the command's own parser reads it, for eight processes and a card of 85 GB."""
+    monkeypatch.setattr(errors, "_longest", {})
+    if longest is not None:
+        errors.note_longest(*longest)
+    options = options_of(**given)
+    told = advise(torch.OutOfMemoryError(NO_MEMORY), options)
+    planned = vars(plan.parse(shlex.split(told.rpartition("python -m tools.plan ")[2])))
+    described = {"gpu_memory": 85, "gpus": 8, "method": options.method, "bf16": options.bf16, **described}
+    assert {name: planned[name] for name in described} == described
+
+
+def test_the_advised_plan_is_of_the_run_s_own_model(tmp_path):
+    folder = tmp_path / "my model"
+    Phi3VConfig(num_hidden_layers=3).save_pretrained(folder)
+    told = advise(torch.OutOfMemoryError(NO_MEMORY), options_of(model_name_or_path=str(folder)))
+    planned = plan.parse(shlex.split(told.rpartition("python -m tools.plan ")[2]))
+    assert plan.load_config(planned.model_name_or_path).num_hidden_layers == 3

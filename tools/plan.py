@@ -3,9 +3,11 @@
     python -m tools.plan --gpu_memory 80 --gpus 8 --bf16
     python -m tools.plan --gpu_memory 16 --method qlora --bf16 --model_name_or_path FOLDER
     python -m tools.plan --gpu_memory 80 --method lora --bf16 --gradient_checkpointing none --batch_size_per_gpu 4
+    python -m tools.plan --gpu_memory 80 --method lora --bf16 --torch_compile --max_tokens_per_gpu 8000
 
-Options are the scripts' own. What is given of --gradient_checkpointing, --optim, --batch_size_per_gpu and --deepspeed
-is kept, what is not is searched, in this order, of which the first that fits is proposed:
+Options are the scripts' own, but for --gpu_memory, --gpus, --method and --attention, and for --tokens, --answer_tokens
+and --images, which describe an example. What is given of --gradient_checkpointing, --optim, --batch_size_per_gpu and
+--deepspeed is kept, what is not is searched, in this order, of which the first that fits is proposed:
 
 1. The optimizer's state on the GPU before state that leaves it (paged, or DeepSpeed's offload).
 2. Less computed again in the backward pass before more: "full" costs a third of the step's work, "selective" a sixth.
@@ -13,8 +15,8 @@ is kept, what is not is searched, in this order, of which the first that fits is
 4. More examples at once before fewer: fewer passes, and under ZeRO-2 fewer reductions of the gradients.
 
 The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see common/memory.py for what they
-are made of. For packed batches let --tokens be --max_tokens_per_gpu, with as many --images as a pack has, and
---batch_size_per_gpu 1, which is all that goes with it.
+are made of. With --max_tokens_per_gpu rows are packed, with as many examples as have so many tokens, and nothing is
+searched in place of --batch_size_per_gpu. With --share_images an example is a picture with all its questions.
 """
 
 from __future__ import annotations
@@ -42,7 +44,18 @@ from common.phi3v import Phi3VConfig
 OFFICIAL = ("official", "microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
 OFFLOAD = "ds_configs/zero2_offload.json"
 MOST_AT_ONCE = 16
+AS_OPTIONS = {"full": "", "frozen": "--freeze_vision_model", "lora": "--use_lora", "qlora": "--use_lora --use_qlora"}
 EXTRA_WORK = {"none": "nothing", "selective": "a sixth of the step's work", "full": "a third of the step's work"}
+NUMBERS = {  # options, each with its default where that stands by itself
+    "tokens": (f"of an example, the picture's included ({Setting.tokens}, or --max_tokens_per_gpu if less)", None),
+    "answer_tokens": ("labelled of them", Setting.answer_tokens),
+    "images": ("pictures of an example", Setting.images),
+    "num_crops": ("most sub-images of a picture", MAX_NUM_CROPS),
+    "lora_rank": ("with lora and qlora", Setting.lora_rank),
+    "batch_size": ("examples per step, all GPUs", Setting.batch_size),
+    "batch_size_per_gpu": ("examples at once on a GPU (searched)", None),
+    "max_tokens_per_gpu": ("packed rows: tokens at once on a GPU, instead of --batch_size_per_gpu", None),
+}
 PHASES = {
     "held": "held throughout",
     "backward": "as the backward pass begins",
@@ -55,7 +68,8 @@ def candidates(fixed: Setting, options: argparse.Namespace) -> Iterator[Setting]
     """All settings that the options leave open, the fastest first."""
     own = fixed.batch_size // fixed.gpus
     sizes = [size for size in range(min(own, MOST_AT_ONCE), 0, -1) if own % size == 0]
-    sizes = [options.batch_size_per_gpu] if options.batch_size_per_gpu else sizes
+    given = 1 if fixed.packs else options.batch_size_per_gpu
+    sizes = [given] if given else sizes
     again = [options.gradient_checkpointing] if options.gradient_checkpointing else CHECKPOINTING
     optimizers = [options.optim] if options.optim else ["adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS]
     files = [options.deepspeed] if options.deepspeed else [DEEPSPEED] if fixed.uses_lora else [DEEPSPEED, OFFLOAD]
@@ -73,18 +87,25 @@ def candidates(fixed: Setting, options: argparse.Namespace) -> Iterator[Setting]
 def in_words(setting: Setting) -> str:
     """The options to give a script."""
     words = f"--gradient_checkpointing {setting.gradient_checkpointing} --optim {setting.optim}"
-    words += f" --batch_size_per_gpu {setting.batch_size_per_gpu}"
+    if setting.packs:  # the scripts take no --batch_size_per_gpu beside it
+        words += f" --max_tokens_per_gpu {setting.max_tokens_per_gpu}"
+    else:
+        words += f" --batch_size_per_gpu {setting.batch_size_per_gpu}"
+    words += " --torch_compile" if setting.torch_compile else ""
     return words + (f" --deepspeed {setting.deepspeed}" if setting.deepspeed != DEEPSPEED else "")
 
 
 def helps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """What else would need less, one change at a time."""
     for method in METHODS[METHODS.index(setting.method) + 1 :]:
-        yield f"--method {method}", dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
+        yield AS_OPTIONS[method], dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
     if not setting.uses_lora:
         for gpus in (2 * setting.gpus, 8 * setting.gpus):
             more = dataclasses.replace(setting, gpus=gpus, batch_size=max(gpus, setting.batch_size))
             yield f"{gpus} GPUs instead of {setting.gpus}", more
+    if setting.packs and setting.max_tokens_per_gpu > setting.tokens:
+        fewer = max(setting.max_tokens_per_gpu // 2, setting.tokens)
+        yield f"--max_tokens_per_gpu {fewer}", dataclasses.replace(setting, max_tokens_per_gpu=fewer)
     if setting.num_crops > 1:
         crops = setting.num_crops // 4 or 1
         gone = 144 * setting.images * (setting.num_crops - crops)  # positions of the sub-images that are gone
@@ -146,12 +167,8 @@ def tell_shortage(config: Phi3VConfig, size: float, setting: Setting, room: floa
 # --- command line
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked.
-
-    Raises:
-        UserError: with all problems at once.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The options, unchecked."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.plan",
         description="Peak memory of a setting, and the fastest that fits.",
@@ -164,35 +181,46 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--method", choices=METHODS, default="full", help="(%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="as the scripts': without it float16")
-    numbers = {
-        "tokens": ("of an example, the picture's included", Setting.tokens),
-        "answer_tokens": ("labelled of them", Setting.answer_tokens),
-        "images": ("pictures of an example", Setting.images),
-        "num_crops": ("most sub-images of a picture", MAX_NUM_CROPS),
-        "lora_rank": ("with lora and qlora", Setting.lora_rank),
-        "batch_size": ("examples per step, all GPUs", Setting.batch_size),
-        "batch_size_per_gpu": ("examples at once on a GPU", None),
-    }
-    for name, (told, default) in numbers.items():
-        shown = "searched" if default is None else default
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{told} ({shown})")
+    parser.add_argument(
+        "--freeze_vision_model", action="store_true", help="with lora and qlora too: nothing of it trains"
+    )
+    for name, (told, default) in NUMBERS.items():
+        shown = told if default is None else f"{told} ({default})"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=shown)
     parser.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, help="(searched)")
     parser.add_argument("--optim", choices=OPTIMIZERS, metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (searched)")
+    parser.add_argument("--torch_compile", action="store_true", help="layers compiled")
     parser.add_argument("--deepspeed", metavar="JSON", help="of stage 2 (zero2.json, then zero2_offload.json)")
     parser.add_argument(
         "--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="(%(default)s)"
     )
-    options = parser.parse_args(words)
+    return parser
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked.
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    options = make_parser().parse_args(words)
+    if options.method == "full" and options.freeze_vision_model:
+        options.method = "frozen"
+    if options.tokens is None:  # the scripts take no example that is longer than a row
+        options.tokens = min(Setting.tokens, options.max_tokens_per_gpu or Setting.tokens)
     problems = [] if options.gpu_memory > 0 else [f"--gpu_memory {options.gpu_memory}: it must be above 0"]
-    given = {name: getattr(options, name) for name in ("gpus", *numbers)}
-    problems += [f"--{name} {value}: it must be at least 1" for name, value in given.items() if value and value < 1]
-    problems += [f"--{name} 0: it must be at least 1" for name, value in given.items() if value == 0]
+    given = {name: getattr(options, name) for name in ("gpus", *NUMBERS)}
+    problems += [
+        f"--{name} {value}: it must be at least 1" for name, value in given.items() if value is not None and value < 1
+    ]
     if options.num_crops > MAX_NUM_CROPS:
         problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
     if options.answer_tokens >= options.tokens:
         problems.append(f"--answer_tokens {options.answer_tokens} must be fewer than --tokens {options.tokens}")
     at_once = options.gpus * (options.batch_size_per_gpu or 1)
-    if at_once > 0 and options.batch_size % at_once:
+    if options.max_tokens_per_gpu is not None:
+        problems += packing_problems(options)
+    elif at_once > 0 and options.batch_size % at_once:
         problems.append(
             f"--batch_size {options.batch_size} cannot be divided by {at_once} (--gpus x --batch_size_per_gpu)"
         )
@@ -202,6 +230,20 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         problems += read_zero_configuration(options.deepspeed)[1]
     raise_all(problems)
     return options
+
+
+def packing_problems(options: argparse.Namespace) -> list[str]:
+    """What the scripts refuse beside `--max_tokens_per_gpu`."""
+    given = f"--max_tokens_per_gpu {options.max_tokens_per_gpu}"
+    problems = []
+    if options.batch_size_per_gpu not in (None, 1):
+        problems.append(
+            f"{given} and --batch_size_per_gpu {options.batch_size_per_gpu} both say what goes through a GPU at once: "
+            "leave one of them out"
+        )
+    if 0 < options.max_tokens_per_gpu < options.tokens:
+        problems.append(f"{given} must be at least --tokens {options.tokens}: an example is not divided")
+    return problems
 
 
 def load_config(name_or_path: str) -> Phi3VConfig:
