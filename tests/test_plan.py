@@ -427,6 +427,13 @@ def test_packed_rows_have_as_many_tokens_as_are_given(capsys):
     with_scripts_parser(proposed)
     code, shown = run_plan(capsys, *words[:-1], "63", "--max_tokens_per_gpu", "900000")
     assert f"{22 * 2443} positions" in shown  # of a step a process has no more than its share and one example
+    code, shown = run_plan(capsys, *words[:-1], "2", "--max_tokens_per_gpu", "8000")  # not even one for each GPU
+    assert code == 0
+    packed, nothing_given = (
+        Setting("lora", batch_size=64, max_tokens_per_gpu=8000),
+        argparse.Namespace(batch_size_per_gpu=None, gradient_checkpointing=None, optim=None, deepspeed=None),
+    )
+    assert {each.batch_size_per_gpu for each in plan.candidates(packed, nothing_given)} == {1}
     code, shown = run_plan(capsys, "--gpu_memory", "12", *words[2:], "--max_tokens_per_gpu", "8000")
     assert code == 1
     assert "\n  --max_tokens_per_gpu 4000 " in shown
