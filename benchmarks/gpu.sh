@@ -69,8 +69,8 @@ step() {
 
 # what is compiled takes most of that time: it comes last
 # shellcheck disable=SC2086
-run "correctness" "${SECONDS_OF_CORRECTNESS:-120}" "$python" -m benchmarks.agree --skip compiled flex --output "$folder/gpu_${name}_agree.json" \
-  ${CORRECTNESS:-} || {
+run "correctness" "${SECONDS_OF_CORRECTNESS:-120}" "$python" -m benchmarks.agree --skip compiled flex \
+  --output "$folder/gpu_${name}_agree.json" ${CORRECTNESS:-} || {
   printf '%s\n' "${left_out[@]}" "the gradients were not shown to agree: what follows is not worth timing (ANYWAY=1: all the same)"
   [[ ${ANYWAY:-} ]] || exit 1
 }

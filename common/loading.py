@@ -233,10 +233,20 @@ def checkpoint_of(name_or_path: str | Path, revision: str | None = None) -> tupl
     return stored["base_model_name_or_path"], stored.get("revision")
 
 
+def read_config(base: str, revision: str | None) -> Phi3VConfig:
+    """The configuration of what `checkpoint_of` has found.
+
+    Raises:
+        NotLookedAtError: it would have to be fetched, while something is known to be wrong.
+    """
+    if not Path(base).exists():
+        about_to_fetch()
+    return Phi3VConfig.from_pretrained(base, revision=revision)
+
+
 def longest_sequence(options: argparse.Namespace) -> int:
     """The model's limit, in tokens, read before its weights are."""
-    base, revision = checkpoint_of(options.model_name_or_path, options.revision)
-    return Phi3VConfig.from_pretrained(base, revision=revision).max_position_embeddings
+    return read_config(*checkpoint_of(options.model_name_or_path, options.revision)).max_position_embeddings
 
 
 def load_model(name_or_path: str | Path, options: argparse.Namespace) -> Phi3VForCausalLM | PeftModel:

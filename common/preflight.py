@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import importlib.metadata
-import math
 import shutil
 import tempfile
 import time
@@ -34,8 +33,8 @@ from .errors import (
     say,
 )
 from .files import INCOMPLETE
-from .loading import checkpoint_of, load_model, prepare_for_training
-from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
+from .loading import checkpoint_of, load_model, prepare_for_training, read_config
+from .memory import FRAGMENTATION, Setting, Weights, estimated_peak, sizes_on_disk, weights_of_run
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
 from .together import together
@@ -74,7 +73,7 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         UserError: all problems of all processes, each once, on every process.
     """
     base, revision = checkpoint_of(options.model_name_or_path, options.revision)
-    config = Phi3VConfig.from_pretrained(base, revision=revision)
+    config = read_config(base, revision)
     facts, shared, longest = ["libraries"], [], Look([])
     own = version_problems(options)  # a process's own problems, beside those that are anybody's
     if dataset is not None:
@@ -116,22 +115,17 @@ def check_machine(options: argparse.Namespace) -> None:
     Raises:
         UserError: libraries; no room on the disk for the model alone.
     """
-    problems = []
-    for find in (version_problems, _room_problems):
-        with contextlib.suppress(NotLookedAtError):
-            problems += find(options)
-    raise_all(problems)
+    raise_all([*version_problems(options), *_room_problems(options)])
 
 
 def _room_problems(options: argparse.Namespace) -> list[str]:
-    if options.eval_only:
-        return []
     try:
-        base, revision = checkpoint_of(options.model_name_or_path, options.revision)
-        config = Phi3VConfig.from_pretrained(base, revision=revision)
-    except (OSError, UserError):  # which is told by the check of the checkpoint
+        if options.eval_only:
+            return []
+        config = read_config(*checkpoint_of(options.model_name_or_path, options.revision))
+        return disk_problems(options, config, None, [])
+    except Exception:  # of many kinds: what is wrong with the options or the checkpoint, which their checks tell
         return []
-    return disk_problems(options, config, None, [])
 
 
 def version_problems(options: argparse.Namespace) -> list[str]:
@@ -212,12 +206,12 @@ def what_trains(weights: Weights) -> str:
 def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: Look, facts: list[str]) -> list[str]:
     """Whether this process's GPU has room: a problem where it certainly has not, a warning where it may not have."""
     _, world = rank_and_world()
-    # such examples in a pack: what fits, but no more than a process has of a step, dealt by tokens: its share and one
-    repeats = (options.max_tokens_per_gpu or 0) / max(1, longest.tokens)
-    repeats = max(1.0, min(repeats, options.batch_size / world + 1))
     sizes = {"tokens": max(1, longest.tokens), "answer_tokens": longest.labelled}
     sizes["num_crops"] = max(1, longest.views - 1)  # all of an example's views, as if of one picture
-    sizes = {name: math.ceil(size * repeats) for name, size in sizes.items()}
+    # an example's -> a row's
+    packs = {"max_tokens_per_gpu": options.max_tokens_per_gpu, "tokens": sizes["tokens"]}
+    pack = Setting(gpus=world, batch_size=options.batch_size, **packs)
+    sizes = {name: pack.in_a_pass(size) for name, size in sizes.items()}
     needed, least = (estimated_peak(options, config, world, share, **sizes) for share in (1, CERTAIN))
     if needed is None:
         return []

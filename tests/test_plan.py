@@ -35,6 +35,7 @@ from common.phi3v.masks import BY_DOCUMENT
 from tests.launch import REPOSITORY, read_log, run_script
 from tests.model_helpers import tiny_config
 from tools import plan
+from tools.recipes import METHOD_OPTIONS
 
 TOKENS, IMAGE_TOKENS, IMAGE_ID = 1000, 313, 63  # a picture in 2 views
 RANK = 8
@@ -481,7 +482,7 @@ def test_options_are_the_scripts_but_for_those_that_are_named():
     for text in (plan.__doc__, (REPOSITORY / "docs/memory.md").read_text()):
         told = re.search(r"Options are the scripts' own, but for (.*?)\. ", " ".join(text.split()))[1]
         assert set(re.findall(r"--\w+", told)) == own
-    assert all(with_scripts_parser(words) for words in plan.AS_OPTIONS.values())
+    assert all(with_scripts_parser(" ".join(words)) for words in METHOD_OPTIONS.values())
 
 
 def test_sizes_come_from_the_folder(capsys, tmp_path):

@@ -765,6 +765,29 @@ def test_room_is_asked_for_though_an_option_is_wrong(tmp_path, monkeypatch):
     assert asked == [tmp_path, tmp_path]
 
 
+def test_libraries_are_told_though_the_checkpoint_is_no_use(tmp_path, monkeypatch):
+    """Of an adapter whose base is a hub's, which is not fetched for it, and of a configuration that is none."""
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "datasets" else installed(name))
+    monkeypatch.setattr(errors, "_fetches", False)
+    options = options_of(tmp_path / "out")
+    options.model_name_or_path, fetched = str(tmp_path / "checkpoint"), []
+    (tmp_path / "checkpoint").mkdir()
+    adapter, config = ((tmp_path / "checkpoint" / name) for name in ("adapter_config.json", "config.json"))
+    fields = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 8, "lora_alpha": 8}
+    adapter.write_text(json.dumps({**fields, "target_modules": ["o_proj"]}))
+    monkeypatch.setattr(Phi3VConfig, "from_pretrained", lambda *given, **named: fetched.append(given))
+    with pytest.raises(UserError, match=r"^datasets 1.0 is installed, datasets>=[^\n]*$"):
+        preflight.check_machine(options)
+    assert fetched == []
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "datasets" else installed(name))
+    adapter.unlink()
+    config.write_text(json.dumps({"model_type": "phi3_v", "hidden_size": "wide"}))
+    with pytest.raises(UserError, match=r"^datasets 1.0 is installed, datasets>=[^\n]*$"):
+        preflight.check_machine(options)
+
+
 def test_option_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
     """The default checkpoint and data are the hub's, which is not asked."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))

@@ -40,11 +40,11 @@ from common.memory import (
     read_zero_configuration,
 )
 from common.phi3v import Phi3VConfig
+from tools.recipes import METHOD_OPTIONS
 
 OFFICIAL = ("official", "microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
 OFFLOAD = "ds_configs/zero2_offload.json"
 MOST_AT_ONCE = 16
-AS_OPTIONS = {"full": "", "frozen": "--freeze_vision_model", "lora": "--use_lora", "qlora": "--use_lora --use_qlora"}
 EXTRA_WORK = {"none": "nothing", "selective": "a sixth of the step's work", "full": "a third of the step's work"}
 NUMBERS = {  # options, each with its default where that stands by itself
     "tokens": (f"of an example, the picture's included ({Setting.tokens}, or --max_tokens_per_gpu if less)", None),
@@ -98,7 +98,7 @@ def in_words(setting: Setting) -> str:
 def helps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """What else would need less, one change at a time."""
     for method in METHODS[METHODS.index(setting.method) + 1 :]:
-        yield AS_OPTIONS[method], dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
+        yield " ".join(METHOD_OPTIONS[method]), dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
     if not setting.uses_lora:
         for gpus in (2 * setting.gpus, 8 * setting.gpus):
             more = dataclasses.replace(setting, gpus=gpus, batch_size=max(gpus, setting.batch_size))
