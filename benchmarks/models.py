@@ -138,10 +138,14 @@ def quantize(model: Phi3VForCausalLM) -> None:
         parameter.requires_grad_(False)
 
 
-def set_kernels(model: Phi3VForCausalLM, which: str) -> None:
+def set_kernels(model: Phi3VForCausalLM, which: str, packs: bool = False) -> None:
     """Let Liger ("liger"), torch.compile ("compiled") or neither ("none") compute the layers, whatever did before.
 
     `common/layers.py` sets them once for a run; here variants take turns on one model.
+
+    Args:
+        model: what is computed again chosen already.
+        packs: rows are packed, of which layers that are computed again are compiled part by part.
 
     Raises:
         ImportError: Liger is not installed.
@@ -151,9 +155,11 @@ def set_kernels(model: Phi3VForCausalLM, which: str) -> None:
     leave_layers_uncompiled(model)
     modeling_phi3.apply_rotary_pos_emb = STOCK_ROTATION
     model.fuses_loss = False
-    if which != "none":
-        (use_liger_kernels if which == "liger" else compile_layers)(model)
-        model.fuses_loss = which == "liger"
+    if which == "liger":
+        use_liger_kernels(model)
+        model.fuses_loss = True
+    elif which == "compiled":
+        compile_layers(model, packs)
 
 
 def recomputed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

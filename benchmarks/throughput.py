@@ -219,8 +219,8 @@ class Runner:
         self.device, self.dtype, self.method, self.num_workers = device, dtype, method, num_workers
         self.processor = make_processor(num_crops)
         self.model = prepare(make_model(size, self.processor, device, dtype), self.processor, method)
-        self.kernels = "none"
-        set_kernels(baseline.inner(self.model), self.kernels)
+        self.computed_by = ("none",)  # kernels and what decides what they are for
+        set_kernels(baseline.inner(self.model), *self.computed_by)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -230,15 +230,16 @@ class Runner:
     def configure(self, variant: Variant) -> None:
         """Set the model to a variant's settings."""
         model = baseline.inner(self.model)
-        if variant.kernels != self.kernels:
-            self.kernels = "none"  # also where the others cannot be had
-            set_kernels(model, variant.kernels)
-            self.kernels = variant.kernels
         model.config._attn_implementation = variant.attention  # the decoder's; the tower has its own
         for name, layer in recomputed_layers(model):
             part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
             every_second = variant.recompute == "selective" and number % 2 == 0  # as common/layers.py
             layer.gradient_checkpointing = every_second or variant.recompute in ("full", part)
+        computed_by = (variant.kernels, variant.packs, variant.recompute)
+        if computed_by != self.computed_by:
+            self.computed_by = ("none",)  # also where the others cannot be had
+            set_kernels(model, variant.kernels, variant.packs)
+            self.computed_by = computed_by
         model.model.vision_embed_tokens.img_processor.max_crops_per_call = variant.crops or None
 
     def step(self) -> None:

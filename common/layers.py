@@ -91,17 +91,24 @@ def use_liger_kernels(model: Phi3VForCausalLM) -> None:
     modeling_phi3.apply_rotary_pos_emb = functional.liger_rope
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, packs: bool = False) -> None:
     """Compile every layer that runs; those of one stack that do the same share what is compiled.
 
     The decoder's for any length at once, since two steps are hardly ever equally long; the tower's for any number of
     a picture's parts, which all have one size. The two stacks, the decoder's last layer, and recomputed and kept
     layers are compiled apart: more than the eight of one function after which torch gives up.
+
+    Args:
+        model: what is computed again (`recompute_layers`) chosen already.
+        packs: the decoder's rows are packed.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     decoder, tower = stacks_of(model)
     for layer in decoder:
-        layer.compile(dynamic=True)
+        # Packed rows' attention is not compiled. It divides what is around it in two, but not what is computed again,
+        # which the compiler takes as a whole or leaves as a whole.
+        for each in _parts(layer) if packs and layer.gradient_checkpointing else (layer,):
+            each.compile(dynamic=True)
     for layer in tower:
         layer.compile()
     for module in _before_first_layers(model):
@@ -112,11 +119,17 @@ def leave_layers_uncompiled(model: nn.Module) -> None:
     """Undo `compile_layers`; nothing where nothing was compiled."""
     for stack in stacks_of(model):
         for layer in stack:
-            layer._compiled_call_impl = None
+            for each in (layer, *_parts(layer)):
+                each._compiled_call_impl = None
     for module in _before_first_layers(model):
         for key, hook in list(module._forward_hooks.items()):
             if hook is _as_between_layers:
                 del module._forward_hooks[key]
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """Attention, network and norms, and no dropout."""
+    return [part for part in layer.children() if next(part.parameters(), None) is not None]
 
 
 def _before_first_layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:

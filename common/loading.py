@@ -349,7 +349,7 @@ def prepare_for_training(
         leave_casting_to_autocast(model)
     recompute_layers(model, options.gradient_checkpointing)
     if options.torch_compile:
-        compile_layers(model)
+        compile_layers(model, options.packs)
     return model
 
 

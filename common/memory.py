@@ -337,8 +337,8 @@ def activation_parts(config: Phi3VConfig, setting: Setting) -> Iterator[Part]:
     yield Part("activations, image side", "backward", kept_image, about)
     # Either the last layer with the gradients of its attention on their way, or the one before it with those of its
     # network's two halves (an adapter's of float16 come in float32), when what the last one kept is free again.
-    # Of packed rows layers that are computed again run uncompiled: attention, which is not compiled with them, stands
-    # amid what checkpointing has compiled as a whole or not at all.
+    # Of packed rows a layer that is computed again is compiled part by part (common/layers.py), and then needs about
+    # what it needs uncompiled.
     again = computed_again(setting, len(layers))
     compiled = setting.torch_compile and not setting.packs
     worked = decoder_layers_kept(config, dataclasses.replace(setting, torch_compile=compiled))

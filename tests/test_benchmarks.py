@@ -381,10 +381,15 @@ def test_kernels_are_taken_in_turn() -> None:
     layer = runner.model.model.layers[0]
     runner.configure(Variant.parse("shared:kernels=compiled"))
     assert layer._compiled_call_impl is not None
+    runner.configure(Variant.parse("shared:kernels=compiled,recompute=full"))  # part by part
+    assert layer._compiled_call_impl is None
+    assert layer.mlp._compiled_call_impl is not None
+    runner.configure(Variant.parse("single:kernels=compiled,recompute=full"))  # a whole again
+    assert layer._compiled_call_impl is not None
     with contextlib.suppress(ImportError):
         runner.configure(Variant.parse("shared:kernels=liger"))
     runner.configure(Variant.parse("shared"))
-    assert layer._compiled_call_impl is None
+    assert layer._compiled_call_impl is layer.mlp._compiled_call_impl is None
     assert "forward" not in layer.mlp.__dict__
 
 

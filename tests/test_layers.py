@@ -78,8 +78,31 @@ def test_layers_that_are_compiled(monkeypatch) -> None:
     assert len(tower) == 2  # of three, the last of which is not run
 
 
-@pytest.mark.parametrize("method", ["lora", "frozen"])
-def test_layers_are_compiled_once(monkeypatch, method: str) -> None:
+def test_parts_that_are_compiled_where_packed_rows_are_computed_again(monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic=None: compiled.append((self, dynamic)))
+    model = training_model("sdpa", torch.float32)
+    recompute_layers(model, "selective")
+    compile_layers(model, packs=True)
+    (again, kept, *_), tower = stacks_of(model)
+    parts = [again.self_attn, again.mlp, again.input_layernorm, again.post_attention_layernorm]
+    assert {part for part, dynamic in compiled if dynamic} >= {*parts, kept}
+    assert again not in {part for part, _ in compiled}
+    assert [part for part, dynamic in compiled if not dynamic] == tower
+
+
+@pytest.mark.parametrize(
+    ("method", "which", "of_decoder"),
+    [
+        # what a layer does before, in and after its attention, and the last layer's own
+        ("lora", "none", 6),
+        ("frozen", "none", 6),
+        # a norm, what is before attention and after it, the network
+        ("lora", "full", 4),
+        ("frozen", "full", 4),
+    ],
+)
+def test_layers_are_compiled_once(monkeypatch, method: str, which: str, of_decoder: int) -> None:
     """A stack's first layer as the others, and for any length and number of crops: to compile takes a GPU minutes.
 
     What is frozen before a stack must not matter, nor a text without a picture.
@@ -103,7 +126,8 @@ def test_layers_are_compiled_once(monkeypatch, method: str) -> None:
     else:
         model = frozen_vision(model)
         model.model.embed_tokens.requires_grad_(False)
-    compile_layers(model)
+    recompute_layers(model, which)
+    compile_layers(model, packs=True)
     counts = []
     for grids in ([(1, 1)], [(1, 2), (2, 1)], [(1, 3)], []):
         pages = [questions(1, grids, [(9, 3), (20, 1)])] if grids else []
@@ -111,8 +135,7 @@ def test_layers_are_compiled_once(monkeypatch, method: str) -> None:
         packed_gradients(model, batch)
         counts.append((len(tower_graphs), len(decoder_graphs)))
     assert set(counts) == {(1, counts[0][1])}
-    # what a layer does before, in and after its attention, and the last layer's own
-    assert counts[0][1] == 6
+    assert counts[0][1] == of_decoder
 
 
 @pytest.mark.long  # compiling takes half a minute
@@ -121,7 +144,7 @@ def test_compiled_layers(batch, which: str) -> None:
     model = training_model("sdpa", torch.float32)
     wanted = packed_gradients(model, batch)
     recompute_layers(model, which)
-    compile_layers(model)
+    compile_layers(model, packs=True)
     difference, name = worst_difference(model, packed_gradients(model, batch), wanted)
     assert difference <= 1e-5, name
     breaks = torch._dynamo.utils.counters["graph_break"]
