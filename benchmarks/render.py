@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 RELIABILITY = Path(__file__).parent.parent / "docs" / "reliability.md"
 PUBLISHED = Path(__file__).parent.parent / "tools" / "published.json"
 NOT_MEASURED = "not measured"
-# of one question at a time what takes the least memory: where it does not fit, none does
+# of one question at a time what takes the least memory of those that any GPU can run: Liger's kernels are not needed
 LEANEST = "single:recompute=full"
 METHOD_NAMES = {"full": "full fine-tuning", "frozen": "frozen image model", "lora": "LoRA", "qlora": "QLoRA"}
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn", "liger-kernel", "pillow", "av")

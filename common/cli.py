@@ -293,6 +293,8 @@ def parse_options(
     options.attention = choose_attention(options)
     if options.use_liger is None:
         options.use_liger = options.device == "cuda" and liger_is_installed()
+    if options.optim is None:
+        options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     _raise_options_error(problems, options)
     note_origins(options, parser)
     at_once = options.num_processes * options.batch_size_per_gpu
@@ -301,8 +303,6 @@ def parse_options(
         at_once = options.num_processes * options.eval_batch_size_per_gpu
         options.eval_limit, options.max_steps, options.eval_steps = min(options.eval_limit or at_once, at_once), 1, None
         options.report_to = "none"  # which may write elsewhere
-    if options.optim is None:
-        options.optim = "adamw_torch_fused" if options.device == "cuda" else "adamw_torch"
     note_options(options)
     return options
 

@@ -32,7 +32,6 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 LOOKING = "looking"
-TOKENS_OF_A_PAGE = 2443  # DocVQA's at 16 sub-images
 MOST_PROBLEMS = 20  # of examples, in one message
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -182,9 +181,9 @@ def note_options(options: argparse.Namespace) -> None:
 
 
 def note_longest(tokens: int, answer_tokens: int, views: int) -> None:
-    """Remember the sizes of the longest example that was looked at, if any was, for the same."""
+    """Remember the sizes of the longest example looked at, if any was, for what is said when memory runs out."""
     if tokens:
-        _longest.update(tokens=tokens, answer_tokens=answer_tokens, views=views)
+        _longest.update(tokens=tokens, answer_tokens=max(1, answer_tokens), views=views)
 
 
 def undo_on_failure(undo: Callable[[], None]) -> None:
@@ -212,7 +211,7 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
     Where memory runs out, what to change is said below the traceback.
 
     Args:
-        checks: functions of the options that raise a `UserError` for what they find. `main` calls the first of them in
+        checks: functions of the options that raise a `UserError` for what they find. `main` calls the first ones, in
             this order, once they are parsed. Where the options are wrong, or one of these raises, the later ones are
             asked, too, so that all is told at once; of what they would fetch nothing is.
     """
@@ -369,7 +368,8 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
         remedies.append(f"what fits is shown by {_plan(options, size)}")
     else:
         if options.num_workers > 0:
-            remedies.append(f"--num_workers {options.num_workers // 2} instead of {options.num_workers}")
+            made = "no batches are made ahead, the step waits for each"
+            remedies.append(f"--num_workers 0 instead of {options.num_workers} ({made})")
         if (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
             remedies.append(f"--nproc_per_node {here // 2} instead of {here}")
     return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in remedies)
@@ -377,6 +377,8 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
 
 def _plan(options: argparse.Namespace, size: float | None) -> str:
     """The command that estimates this run; what `tools.plan` is to search is left out."""
+    from .memory import Setting, tokens_of_a_row  # which imports this module
+
     words = f"python -m tools.plan --gpu_memory {'N' if size is None else round(size)} --gpus {options.num_processes}"
     words += f" --method {options.method} --batch_size {options.batch_size} --num_crops {options.num_crops}"
     words += " --bf16" if options.bf16 else ""
@@ -385,9 +387,8 @@ def _plan(options: argparse.Namespace, size: float | None) -> str:
     if options.method in ("lora", "qlora"):
         words += f" --lora_rank {options.lora_rank}" + (" --freeze_vision_model" if options.freeze_vision_model else "")
     words += " --torch_compile" if options.torch_compile else ""
-    if options.packs:  # pictures that are shared without a number of tokens: as many as examples would be
-        row = options.max_tokens_per_gpu or options.batch_size_per_gpu * _longest.get("tokens", TOKENS_OF_A_PAGE)
-        words += f" --max_tokens_per_gpu {row}"
+    if options.packs:
+        words += f" --max_tokens_per_gpu {tokens_of_a_row(options, _longest.get('tokens', Setting.tokens))}"
     if _longest:
         images = max(1, -(-_longest["views"] // (options.num_crops + 1)))
         words += f" --tokens {_longest['tokens']} --answer_tokens {_longest['answer_tokens']} --images {images}"
@@ -400,9 +401,12 @@ def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
     def smaller(name: str, value: int, because: str = "") -> str:
         return f"--{name} {value} instead of {getattr(options, name)}{because}"
 
+    crops = "--max_crops_per_call 4 instead of all of a batch's"
     if evaluating:
         if options.eval_batch_size_per_gpu > 1:
             yield smaller("eval_batch_size_per_gpu", options.eval_batch_size_per_gpu // 2)
+        if options.max_crops_per_call is None:
+            yield crops
     else:
         if options.gradient_checkpointing != "full":
             yield f"--gradient_checkpointing full instead of {options.gradient_checkpointing}"
@@ -412,8 +416,10 @@ def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
         elif at_once > 1:  # of which the batch stays a multiple
             divisor = max(size for size in range(1, at_once) if at_once % size == 0)
             yield smaller("batch_size_per_gpu", divisor, " (the step stays the same)")
-        if options.max_crops_per_call is None and not options.freeze_vision_model:
-            yield "--max_crops_per_call 4 instead of all of a batch's"
+        # else all that the tower's layers keep lives at once, whatever goes through them at once
+        bounds = options.gradient_checkpointing == "full" and not options.freeze_vision_model
+        if options.max_crops_per_call is None and bounds:
+            yield crops
         if options.method in ("full", "frozen"):
             if not options.deepspeed and str(options.device) != "cpu":
                 yield "--deepspeed ds_configs/zero2_offload.json, which keeps the optimizer's state off the GPU"

@@ -34,7 +34,7 @@ from .errors import (
 )
 from .files import INCOMPLETE
 from .loading import checkpoint_of, load_model, prepare_for_training, read_config
-from .memory import FRAGMENTATION, Setting, Weights, estimated_peak, sizes_on_disk, weights_of_run
+from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.modeling import IGNORED_LABEL
 from .together import together
@@ -208,10 +208,6 @@ def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: L
     _, world = rank_and_world()
     sizes = {"tokens": max(1, longest.tokens), "answer_tokens": longest.labelled}
     sizes["num_crops"] = max(1, longest.views - 1)  # all of an example's views, as if of one picture
-    # an example's -> a row's
-    packs = {"max_tokens_per_gpu": options.max_tokens_per_gpu, "tokens": sizes["tokens"]}
-    pack = Setting(gpus=world, batch_size=options.batch_size, **packs)
-    sizes = {name: pack.in_a_pass(size) for name, size in sizes.items()}
     needed, least = (estimated_peak(options, config, world, share, **sizes) for share in (1, CERTAIN))
     if needed is None:
         return []
@@ -256,11 +252,14 @@ def disk_problems(
     facts.append(f"{needed / 1e9:,.2f} GB to be written ({free / 1e9:,.2f} GB free)")
     if needed <= free:
         return []
+    what, advice = f"the model {model / 1e9:,.2f} GB", "make room, choose another"
+    if number:
+        what += f", {number} checkpoints at a time of {checkpoint / 1e9:,.2f} GB"
+        advice += ", lower --save_total_limit"
     least = "at least " if examples is None else ""
     return [
-        f"--output_dir {folder}: the run writes {least}{needed / 1e9:,.2f} GB (the model {model / 1e9:,.2f} GB, "
-        f"{number} checkpoints at a time of {checkpoint / 1e9:,.2f} GB), and {free / 1e9:,.2f} GB are free: make room, "
-        "choose another, lower --save_total_limit, or train adapters (--use_lora)"
+        f"--output_dir {folder}: the run writes {least}{needed / 1e9:,.2f} GB ({what}), and {free / 1e9:,.2f} GB are "
+        f"free: {advice}, or train adapters (--use_lora)"
     ]
 
 

@@ -74,8 +74,8 @@ from .together import on_first
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
-# Micro-batches that a process's loader has ready, however many make a step: as many pages at 16 crops are
-# 64 * 17 * 3 * 336 * 336 floats, 1.5 GB. Besides, the Trainer holds those of the step that it takes.
+# About so many micro-batches a process's loader has ready at most, however many make a step: of one page at 16 crops
+# each, 64 * 17 * 3 * 336 * 336 floats, 1.5 GB. Besides, the Trainer holds those of the step that it takes.
 MOST_READY = 64
 
 
