@@ -453,7 +453,9 @@ class CheckpointingTrainer(Trainer):
         self.control.should_save |= stops
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stops:
-            say(f"stopped after step {self.state.global_step}; the same command goes on from there")
+            newest = on_first(lambda: max(map(step_of, checkpoints_in(Path(self.args.output_dir))), default=0))
+            there = "there" if newest == self.state.global_step else f"step {newest}, the last one that is saved"
+            say(f"stopped after step {self.state.global_step}; the same command goes on from {there}")
             raise SystemExit(STOPPED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -576,6 +576,10 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
         return []
     if folder.resolve() == Path(options.model_name_or_path).resolve():
         return [f"--output_dir {folder} is the checkpoint that training starts from: choose another"]
+    if options.overwrite and not options.restarted:
+        problems = _overwriting_problems(options)
+        if problems:
+            return problems
     if options.resume not in ("auto", "never"):
         if options.overwrite:
             return [f"--resume {options.resume} goes on with a run, and --overwrite begins anew: leave one of them out"]
@@ -589,6 +593,24 @@ def _output_problems(options: argparse.Namespace) -> list[str]:
                 f"--output_dir {folder} holds a run ({', '.join(found)}) that is not gone on with: "
                 "choose another, or add --overwrite"
             ]
+    return []
+
+
+def _overwriting_problems(options: argparse.Namespace) -> list[str]:
+    folder = options.output_dir
+    doomed = files_of_run(folder) if is_first_process() else []
+    model = Path(options.model_name_or_path).resolve()
+    if any(model.is_relative_to(file.resolve()) for file in doomed):
+        return [
+            f"--overwrite would delete --model_name_or_path {options.model_name_or_path}, which lies in --output_dir "
+            f"{folder}: choose another"
+        ]
+    weights = [file.name for file in doomed if ".safetensors" in file.name]
+    if weights and not (folder / RUN_RECORD).exists():
+        return [
+            f"--overwrite deletes what a run has left, and --output_dir {folder} holds {', '.join(weights)} but no "
+            f"{RUN_RECORD}, so of no run: choose another folder, or delete it yourself"
+        ]
     return []
 
 

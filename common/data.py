@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -42,6 +43,8 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as
 PICTURE = {"bytes", "path"}  # the fields of a picture's cell
 FAULT = "fault"  # of a bad line, beside the fields of a row
 SEEN_LATELY = 256  # pictures that need not be decoded again
+# of storage that fails or a limit that is reached: the same picture may be read well a minute later
+FAULTS_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_NAME = 255  # bytes in a part of a path, on every common file system
 
 # What PIL warns of, `open_header` refuses.
@@ -141,7 +144,7 @@ def _image_columns(names: Iterable[str]) -> list[str]:
     return sorted({"image", "images"}.intersection(names))
 
 
-def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option: str) -> Rows:
+def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option: str, else_file: str = "") -> Rows:
     """Load a split from the hub or from disk.
 
     Args:
@@ -152,6 +155,7 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
         layouts: the known sets of columns; the rows must have all columns of one of them.
         option: the option that names the source, for messages. With `--data_dir`, which names one
             source for training and evaluation, the files must tell their split.
+        else_file: the file that a folder of another layout would hold, for messages.
 
     Raises:
         UserError: a folder that is missing or holds no data, a split that is not there, a hub that
@@ -159,7 +163,7 @@ def load_rows(source: str, split: str, layouts: Sequence[Sequence[str]], option:
     """
     path = Path(source).expanduser()
     is_local = os.path.exists(path)  # of a name too long Path.exists raises an error
-    table = _load_local(path, split, option) if is_local else _load_from_hub(source, split, option)
+    table = _load_local(path, split, option, else_file) if is_local else _load_from_hub(source, split, option)
     if not any(set(layout) <= set(table.column_names) for layout in layouts):
         known = "; ".join("+".join(layout) for layout in layouts)
         raise UserError(
@@ -187,7 +191,7 @@ def _holds_texts(feature: Any) -> bool:
     return getattr(within, "dtype", None) in ("string", "large_string", "string_view", "null")
 
 
-def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
+def _load_local(path: Path, split: str, option: str, else_file: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     if (path / "dataset_dict.json").is_file():
         tables = datasets.load_from_disk(str(path))
@@ -202,7 +206,8 @@ def _load_local(path: Path, split: str, option: str) -> datasets.Dataset:
         return table
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
-        raise UserError(f"{option} {path} holds no parquet files and no folder saved by datasets: give one that does")
+        known = ["parquet files", "folder saved by datasets", *([else_file] if else_file else [])]
+        raise UserError(f"{option} {path} holds no {', and no '.join(known)}: give one that does")
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         stem = file.name.removesuffix(".parquet").split("-")[0].split("_")[0].split(".")[0]
@@ -360,6 +365,7 @@ def decode_image(cell: Any, place: str) -> Image.Image:
 
     Raises:
         UserError: no image there, or a file that cannot be decoded.
+        OSError: the storage or the machine fails, which is no fault of the image.
     """
     if isinstance(cell, Image.Image):
         return cell
@@ -372,6 +378,8 @@ def decode_image(cell: Any, place: str) -> Image.Image:
     try:
         return _opener.get()(content, None if content is not None else path)
     except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
+        if isinstance(error, OSError) and error.errno in FAULTS_OF_THE_MACHINE:
+            raise
         size = f" ({len(content)} bytes)" if isinstance(content, bytes) else ""
         which = size if content is not None or readable(path) in place else f" {readable(path)}"
         raise UserError(f"{place}: the image{which} cannot be decoded: {one_line(error)}") from error
@@ -571,9 +579,13 @@ def rows_of_file(
                     rows[key] = row if key == number else {**row, "id": key}
                     lines.append(number)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        there = sorted(one.name for one in folder.glob(f"*{path.suffix}")) if folder.is_dir() else []
+        there = f" ({folder} has {', '.join(map(readable, there[:10]))})" if there else ""
+        raise UserError(f"{path} cannot be read: {error.strerror}{there}") from error
     found = problems if bad_examples == "stop" else []
-    try_all(lambda: raise_all(first_of(found, str(path))), lambda: report_missing(path, missing, skip_missing))
+    try_all(
+        lambda: raise_all(first_of(found, str(path))), lambda: report_missing(path, missing, skip_missing, not rows)
+    )
     of_lines = rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
     return replace(of_lines, file=path, lines=lines)
 
@@ -659,13 +671,14 @@ class ImageFinder:
         return None
 
 
-def report_missing(file: Path, missing: Sequence[Any], skip: bool | None = None) -> None:
+def report_missing(file: Path, missing: Sequence[Any], skip: bool | None = None, everywhere: bool = False) -> None:
     """Tell of examples whose images are missing.
 
     Args:
         file: that names them.
         missing: the examples' ids.
         skip: whether the user wants to go on without them (`--skip_missing`); None where that is not offered.
+        everywhere: no other example is left.
 
     Raises:
         UserError: unless there are none, or they are to be skipped.
@@ -675,9 +688,11 @@ def report_missing(file: Path, missing: Sequence[Any], skip: bool | None = None)
     which = f"{len(missing)} examples of {file} whose images are missing: " + ", ".join(map(readable, missing[:10]))
     if len(missing) > 10:
         which += f" and {len(missing) - 10} more"
-    if not skip:
-        remedy = "fetch the images again" + ("" if skip is None else ", or add --skip_missing to leave them out")
-        raise UserError(f"there are {which}; {remedy}")
+    if everywhere or not skip:
+        remedy = f"see that the images lie below {file.parent} as they are published, or fetch them again"
+        if skip is not None and not everywhere:
+            remedy += ", or add --skip_missing to leave such examples out"
+        raise UserError(f"there are {which}{' (and none that has them)' if everywhere else ''}; {remedy}")
     if is_first_process():
         print(f"left out {which}", flush=True)
 

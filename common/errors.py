@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -31,7 +32,11 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|killed by signal: Killed",
     re.IGNORECASE,
 )
+# of a loader's workers, whose batches travel through /dev/shm: how torch tells that it is full
+NO_SHARED_MEMORY = re.compile(r"shared memory|</torch_\d+")
 LOOKING = "looking"
+SHARED_MEMORY = "/dev/shm"
+SHARES_MORE = ("a larger one: of a container docker run --shm-size 16g, or --ipc host", "--num_workers 0, or fewer")
 MOST_PROBLEMS = 20  # of examples, in one message
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -250,7 +255,27 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
             _end_in_time()
             raise
 
-    guarded()
+    with contextlib.redirect_stdout(_Shown(sys.stdout)), contextlib.redirect_stderr(_Shown(sys.stderr)):
+        guarded()
+
+
+class _Shown:
+    """A stream of what is only shown: a run does not end because it cannot be, as in a file on a full disk."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _with_later_problems(error: UserError, checks: Sequence[Callable[[argparse.Namespace], Any]]) -> UserError:
@@ -325,13 +350,25 @@ def comes_of_another(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, a GPU's or the machine's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(NO_MEMORY.search(str(error)))
+    """Whether an error says that memory ran out, a GPU's or the machine's, or what its processes share."""
+    told = str(error)
+    by_name = NO_MEMORY.search(told) or NO_SHARED_MEMORY.search(told)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(by_name)
+
+
+def shared_memory_in_words() -> str:
+    """How large what a loader's workers hand their batches over in is, and how much of it is free."""
+    disk = shutil.disk_usage(SHARED_MEMORY)
+    return f"{SHARED_MEMORY} has {disk.total / 1e9:.2f} GB, of which {disk.free / 1e9:.2f} GB are free"
 
 
 def advise(error: Exception, options: argparse.Namespace | None) -> str:
     """What was asked for, what was held, and what to change of the options, with their present values."""
     text = str(error)
+    if NO_SHARED_MEMORY.search(text):
+        return "\n".join(
+            [f"out of shared memory: {shared_memory_in_words()}. What helps:", *(f"  - {one}" for one in SHARES_MORE)]
+        )
 
     def gigabytes(pattern: str) -> float | None:
         found = re.search(pattern.replace("N", r"([\d.]+) (bytes|[KMGT]iB)"), text)

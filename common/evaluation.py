@@ -25,7 +25,7 @@ from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
 from .report import MOST_LABELS, save_pictures
-from .stopping import outlive_stop_signals
+from .stopping import ToldToStopError, outlive_stop_signals
 from .together import on_first
 
 MAX_NEW_TOKENS = 64  # as published
@@ -136,7 +136,9 @@ def generate_answers(
 
     Raises:
         UserError: candidates whose first tokens are the same; an example that cannot be made, unless such are skipped.
+        ToldToStopError: between steps, on every process, once one of them has received a signal.
     """
+    stopping = getattr(options, "stopping", None)  # where nothing trains a signal ends the process at once
     rank, world = rank_and_world()
     groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
     num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
@@ -175,6 +177,8 @@ def generate_answers(
     eager = torch.compiler.set_stance("force_eager")
     with eager, _autocast(options), progress_bar(title, count, "example", options.tqdm) as progress:
         for batch in _batches(good_ones(loader), options.eval_batch_size_per_gpu):
+            if stopping is not None and stopping.signal is not None:
+                break
             inputs, columns = _inputs(model, processor, batch, max_new_tokens, options.device)
             output = model.generate(
                 **inputs,
@@ -195,6 +199,8 @@ def generate_answers(
                 answers.append((number, Generated(text, tuple(each), tuple(encoded["images"])), None))
             progress.update(min(world * len(texts), count - progress.n))
     model.train(was_training)
+    if stopping is not None and stopping.agreed(options.device):
+        raise ToldToStopError(f"{title}: given up")
     gathered = sorted(gather_in_order(answers, world))
     for _, _, problem in gathered:
         if problem is not None:

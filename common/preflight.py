@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import importlib.metadata
+import os
 import shutil
 import tempfile
 import time
@@ -17,12 +18,14 @@ import torch
 from packaging.requirements import Requirement
 from transformers import set_seed
 
-from .checkpoints import checkpoints_in, step_of
+from .checkpoints import MANIFEST, checkpoints_in
 from .cli import BITSANDBYTES_OPTIMIZERS
 from .collation import Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import (
+    SHARED_MEMORY,
+    SHARES_MORE,
     NotLookedAtError,
     UserError,
     first_of,
@@ -31,8 +34,9 @@ from .errors import (
     raise_all,
     rank_and_world,
     say,
+    shared_memory_in_words,
 )
-from .files import INCOMPLETE
+from .files import INCOMPLETE, read_json
 from .loading import checkpoint_of, load_model, prepare_for_training, read_config
 from .memory import FRAGMENTATION, Weights, estimated_peak, sizes_on_disk, weights_of_run
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -44,6 +48,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = 64  # examples that are looked at: the first, the last, and between them at equal distances
 SECONDS = 2.0  # a process decodes pictures; of the sample's others it reads the headers
 TOKENS_PER_VIEW = 149  # about: 144 and its share of the separators
+BYTES_PER_VIEW = 4 * 3 * 336 * 336  # on its way from a loader's worker
 CERTAIN = 0.7  # of the estimated activations; Liger's kernels keep less than the estimate says
 
 
@@ -87,6 +92,8 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
             facts += [f"{len(found)} of them bad"] if found else []
         else:
             shared += first_of(found)
+    if dataset is not None:
+        own += shared_memory_problems(options, longest)
     if options.device.type == "cuda":
         own += memory_problems(options, config, longest, facts)
     if dataset is not None and is_first_process():
@@ -225,6 +232,20 @@ def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: L
     return []
 
 
+def shared_memory_problems(options: argparse.Namespace, longest: Look) -> list[str]:
+    """Whether what the workers of this machine's loaders hand over fits into the memory that processes share."""
+    if options.num_workers == 0 or not os.path.isdir(SHARED_MEMORY):
+        return []
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * options.num_workers
+    needed = workers * longest.views * BYTES_PER_VIEW  # an example of each, while each has two or more ready
+    if needed <= shutil.disk_usage(SHARED_MEMORY).free:
+        return []
+    return [
+        f"{workers} loader workers hand over at least {needed / 1e9:,.2f} GB at once, and {shared_memory_in_words()}: "
+        f"{'; or '.join(SHARES_MORE)}"
+    ]
+
+
 def disk_problems(
     options: argparse.Namespace, config: Phi3VConfig, examples: int | None, facts: list[str]
 ) -> list[str]:
@@ -241,7 +262,7 @@ def disk_problems(
         steps = options.num_train_epochs * -(-examples // options.batch_size)
         if options.max_steps and not options.dry_run:  # which takes one step of as many as there will be
             steps = options.max_steps
-        done = step_of(options.resume_from) if options.resume_from else 0
+        done = read_json(options.resume_from / MANIFEST)["step"] if options.resume_from else 0
         to_come = max(0, steps // options.save_steps - done // options.save_steps)
     number = min(options.save_total_limit + 1, len(kept) + to_come)
     model, checkpoint = sizes_on_disk(options, config)

@@ -19,6 +19,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 143  # the exit code, as a shell gives it for SIGTERM
 
 
+class ToldToStopError(Exception):
+    """An evaluation between steps was given up, on every process, for what trains to be saved in time."""
+
+
 class Stopping:
     """SIGTERM and SIGUSR1 end the process with code 143: while training at the end of the step, else at once.
 

@@ -69,7 +69,7 @@ from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
 from .rendezvous import begin_group
 from .report import PICTURES, read_log, write_report
-from .stopping import Stopping, outlive_stop_signals
+from .stopping import Stopping, ToldToStopError, outlive_stop_signals
 from .together import on_first
 from .watching import WatchedTrainer
 
@@ -487,7 +487,10 @@ class RecipeTrainer(WatchedTrainer):
             self.start_counting()
         if "train_runtime" in logs and self._initial_global_step:
             logs["resumed_from_step"] = self._initial_global_step
-        super().log(logs, start_time)
+        try:
+            super().log(logs, start_time)
+        except OSError as error:  # of what reports elsewhere, as TensorBoard on a full disk: the run goes on
+            say(f"step {self.state.global_step} is not reported everywhere: {error}")
         self.write_log()
 
     def write_log(self, whole: bool = False) -> None:
@@ -568,6 +571,8 @@ class _WhileTraining(TrainerCallback):
                 wants_log = control.should_log
                 self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
                 control.should_log = wants_log  # the step's own line, for which the Trainer would take this one
+            except ToldToStopError:  # the step is saved next, and the processes end
+                say(f"the evaluation after step {state.global_step} is given up")
             except NotWrittenError as error:  # as on a full disk: the run goes on
                 say(f"the evaluation after step {state.global_step} is lost: {error}")
             self.trainer.leave_out(time.perf_counter() - began)

@@ -8,8 +8,10 @@ given to the others makes a difference of 1e-1.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
+import os
 import re
 import struct
 import sys
@@ -26,7 +28,15 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 from common.bad_examples import BadExamples
 from common.cli import BAD_EXAMPLES
 from common.collation import Example, Turn, collate, encode_example
-from common.data import ExampleDataset, ExampleKey, Problem, number_pictures, number_questions
+from common.data import (
+    ExampleDataset,
+    ExampleKey,
+    Problem,
+    decode_image,
+    number_pictures,
+    number_questions,
+    opening_images_by,
+)
 from common.errors import UserError
 from common.evaluation import Generated, generate_answers
 from common.phi3v import Phi3VProcessor
@@ -218,6 +228,25 @@ def test_a_fault_of_the_machine_is_no_bad_example(processor):
     dataset.skips_bad = True
     with pytest.raises(MemoryError):
         dataset[0]
+
+
+def test_storage_that_fails_is_no_bad_picture(processor, tmp_path, monkeypatch):
+    """Else a hiccup of it would drop good examples in silence; a file that cannot be read is another matter."""
+    (tmp_path / "page.png").write_bytes(encoded_as("PNG"))
+    cell = {"bytes": None, "path": str(tmp_path / "page.png")}
+
+    def fails(*given):
+        raise OSError(number, os.strerror(number))
+
+    for number in (errno.EIO, errno.ESTALE, errno.EMFILE):
+        with opening_images_by(fails), pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            decode_image(cell, "row 0")
+    number = errno.EACCES
+    with (
+        opening_images_by(fails),
+        pytest.raises(UserError, match=r"^row 0: the image .* cannot be decoded: .*Permission"),
+    ):
+        decode_image(cell, "row 0")
 
 
 # Groups about one picture

@@ -381,6 +381,29 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, capsys, uninterr
     assert "checkpoint-3 is kept" in told
 
 
+class StoppingAfter(NotStopping):
+    """Of a process that is told to stop in this step."""
+
+    def __init__(self, step: int) -> None:
+        self.steps_left = step
+
+    def agreed(self, device):
+        self.steps_left -= 1
+        return self.steps_left == 0
+
+
+@pytest.mark.parametrize(("step", "goes_on_from"), [(6, "step 3, the last one that is saved"), (7, "there")])
+def test_stopped_it_tells_from_where_it_goes_on(tmp_path, capsys, step, goes_on_from):
+    """The checkpoint of the sixth step finds a full disk."""
+    try:
+        with pytest.raises(SystemExit) as ended:
+            make_trainer(tmp_path, [FullDisk(50)], StoppingAfter(step)).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert ended.value.code == 143
+    assert f"stopped after step {step}; the same command goes on from {goes_on_from}\n" in capsys.readouterr().out
+
+
 class Evil:
     """Writes a file when it is unpickled."""
 

@@ -4,7 +4,9 @@ import argparse
 import ast
 import contextlib
 import copy
+import errno
 import importlib
+import io
 import re
 import sys
 import threading
@@ -398,6 +400,49 @@ def test_output_folder_that_training_starts_from(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is the checkpoint that training starts from"):
         parse(monkeypatch, tmp_path, "--model_name_or_path", tmp_path / "out", "--overwrite")
+
+
+def test_model_that_would_be_overwritten(monkeypatch, tmp_path):
+    """A checkpoint of the run that is begun anew, and what is of no run."""
+    folder = tmp_path / "out"
+    model = folder / "checkpoint-300"
+    model.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    for path in (model, tmp_path / "link"):
+        with pytest.raises(UserError, match=f"^--overwrite would delete --model_name_or_path {path}, which lies in"):
+            parse(monkeypatch, tmp_path, "--model_name_or_path", path, "--overwrite")
+    (folder / "base").mkdir()
+    parse(monkeypatch, tmp_path, "--model_name_or_path", folder / "base", "--overwrite")
+    (folder / "model-00001-of-00002.safetensors").touch()
+    parse(monkeypatch, tmp_path, "--overwrite")
+    (folder / "run.json").unlink()
+    with pytest.raises(UserError, match=r"holds model-00001-of-00002.safetensors but no run.json, so of no run"):
+        parse(monkeypatch, tmp_path, "--overwrite")
+
+
+def test_what_cannot_be_shown_ends_no_run(monkeypatch):
+    """As where both streams are a file on a full disk."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = write
+
+    def main():
+        print("step 1", flush=True)
+        print("step 1", file=sys.stderr, flush=True)
+        errors.say("step 1")
+        sys.stdout.flush()
+        ran.append(sys.stdout.isatty())
+
+    ran = []
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    run(main)
+    assert ran == [False]
+    assert isinstance(sys.stdout, Full)
 
 
 def test_run_prints_one_line_and_exits_with_2(capsys, monkeypatch):

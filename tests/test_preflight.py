@@ -555,6 +555,22 @@ def test_gradients_of_one_pack_are_not_accumulated(tmp_path):
     assert parts(3000) - parts(6000) == {"gradients, accumulated"}
 
 
+def test_shared_memory_without_room_is_told_with_both_numbers(tmp_path, monkeypatch):
+    """A page of 17 views for each of eight loader workers: 184 MB."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(64_000_000, 0, free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    options, free = options_of(tmp_path, "--num_workers", 4), 184_000_000
+    (problem,) = preflight.shared_memory_problems(options, PAGE)
+    assert problem.startswith(
+        "8 loader workers hand over at least 0.18 GB at once, and /dev/shm has 0.06 GB, of which 0.18 GB are free: "
+    )
+    free += 1_000_000
+    assert preflight.shared_memory_problems(options, PAGE) == []
+    free = 0
+    assert preflight.shared_memory_problems(options_of(tmp_path, "--num_workers", 0), PAGE) == []
+    assert preflight.shared_memory_problems(options, preflight.Look([], 1, 1, 300, 10, 0)) == []  # no picture
+
+
 def test_the_longest_example_is_what_is_told_where_memory_runs_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(errors, "_longest", {})
     preflight.preflight(dataset_of(), processor_of_demo(), options_of(tmp_path))

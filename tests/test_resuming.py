@@ -154,6 +154,46 @@ def test_signal_saves_the_step(begin, run, uninterrupted, tmp_path, sent):
     Result.of(uninterrupted(*options)).check_same(folder)
 
 
+TOLD_TO_STOP = """
+import os
+import signal
+
+import finetune_hf_trainer_docvqa as docvqa
+
+evaluate = docvqa.evaluate
+
+
+def evaluate_and_be_told(*arguments):
+    if arguments[-1] == "eval_step_4" and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*arguments)
+
+
+docvqa.evaluate = evaluate_and_be_told
+docvqa.run(docvqa.main)
+"""
+
+
+def test_signal_in_an_evaluation_between_steps(pages, run, uninterrupted, tmp_path):
+    """It is given up for the step to be saved: an evaluation may take longer than the time there is."""
+    options, folder = CONFIGURATIONS["lora"], tmp_path / "out"
+    script = tmp_path / DOCVQA  # of the same name, for it is the same run
+    script.write_text(TOLD_TO_STOP)
+    arguments = (*pages, *COMMON, *options, "--eval_steps", 2, "--output_dir", folder)
+    process = fork(script, *arguments, log=log_of(folder))
+    assert exit_code(process) == 143, log_of(folder).read_text()[-3000:]
+    told = log_of(folder).read_text()
+    assert "the evaluation after step 4 is given up" in told
+    assert "stopped after step 4; the same command goes on from there" in told
+    assert checkpoints(folder)[-1] == 4
+    assert (folder / "eval_step_2.json").exists()
+    assert not (folder / "eval_step_4.json").exists()
+    code, text = run(folder, *options, "--eval_steps", 2)
+    assert code == 0, text[-3000:]
+    assert f"going on from {folder}/checkpoint-4" in text
+    Result.of(uninterrupted(*options)).check_same(folder)
+
+
 def test_killed_in_the_final_evaluation(begin, run, uninterrupted, tmp_path):
     """What is trained is not trained again."""
     options, folder = CONFIGURATIONS["full"], tmp_path / "out"
@@ -245,14 +285,16 @@ def test_never_refuses_a_used_folder_and_overwrite_begins_anew(run, uninterrupte
     "elsewhere", [pytest.param(False, id="in its folder", marks=pytest.mark.long), pytest.param(True, id="in another")]
 )
 def test_from_a_certain_checkpoint(run, uninterrupted, tmp_path, elsewhere):
-    """An older one than the newest."""
+    """An older one than the newest; from elsewhere by another name, too."""
     options = CONFIGURATIONS["lora"]
     expected = Result.of(uninterrupted(*options))
     folder = copy_of(uninterrupted(*options), tmp_path)
-    output = tmp_path / "other" if elsewhere else folder
-    code, text = run(output, *options, "--resume", folder / "checkpoint-3")
+    output, checkpoint = (tmp_path / "other", folder / "best") if elsewhere else (folder, folder / "checkpoint-3")
+    if elsewhere:
+        (folder / "checkpoint-3").rename(checkpoint)
+    code, text = run(output, *options, "--resume", checkpoint)
     assert code == 0, text[-3000:]
-    assert f"going on from {folder}/checkpoint-3" in text
+    assert f"going on from {checkpoint}" in text
     expected.check_same(output)
 
 

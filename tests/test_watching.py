@@ -538,6 +538,25 @@ def test_the_machine_s_own_memory(monkeypatch):
     assert "zero2_offload" not in "".join(remedies)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "unable to allocate shared memory(shm) for file </torch_24_1_0>: No space left on device (28)",
+        "unable to write to file </torch_24_1_0>: No space left on device (28)",
+    ],
+)
+def test_memory_that_processes_share(told):
+    """As torch tells that /dev/shm is full."""
+    error = RuntimeError(told)
+    assert is_out_of_memory(error)
+    figures, *remedies = advise(error, options_of()).splitlines()
+    size = r"/dev/shm has [\d.]+ GB, of which [\d.]+ GB are free"
+    assert re.fullmatch(rf"out of shared memory: {size}\. What helps:", figures)
+    assert remedies == [f"  - {one}" for one in errors.SHARES_MORE]
+
+
 def test_an_evaluation_between_steps_is_known_by_where_it_ran():
     from common import evaluation
 
