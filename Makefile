@@ -40,9 +40,10 @@ DEMO_docvqa := --num_train_epochs 1 --learning_rate 1e-3
 DEMO_hateful_memes := --num_train_epochs 2 --learning_rate 2e-3 --freeze_vision_model
 DEMO_nlvr2 := --num_train_epochs 1 --learning_rate 2e-3 --freeze_vision_model
 DEMO_ucf101 := --num_train_epochs 1 --learning_rate 2e-3 --freeze_vision_model
+SPLIT_ucf101 := --eval_split test
 SCRIPT = torchrun --nproc_per_node=$$(python -c "import torch; print(min(torch.cuda.device_count() or 2, 2))") \
   finetune_hf_trainer_$(TASK).py --num_crops 1 --batch_size 16 --batch_size_per_gpu 8 --warmup_steps 10 \
-  --eval_batch_size_per_gpu 16 --num_workers 1 --no-gradient_checkpointing --overwrite
+  --eval_batch_size_per_gpu 16 --num_workers 1 --no-gradient_checkpointing --overwrite $(SPLIT_$(TASK))
 
 demo: install
 	python -m common.demo data --task $(TASK) --out $(DEMO)/$(TASK)/data $(DATA_$(TASK))

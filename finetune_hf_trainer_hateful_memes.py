@@ -58,7 +58,7 @@ def load_data(options: argparse.Namespace) -> tuple[Rows | None, Rows]:
             lambda: challenge_rows(folder, options.eval_file or EVAL_FILE),
         )
     else:
-        rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir")
+        rows = data.load_rows(options.data_dir or HUB, "train", LAYOUTS, "--data_dir", "train.jsonl")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
     return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 

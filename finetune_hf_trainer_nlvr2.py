@@ -36,7 +36,9 @@ LABELS = {"true": "Yes", "false": "No"}
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision on NLVR2.")
     parser.add_argument("--separate_questions", action="store_true", help="a row's questions as examples, not as turns")
-    parser.add_argument("--share_images", action="store_true", help="likewise, those of a pair at once")
+    parser.add_argument(
+        "--share_images", action="store_true", help="a pair's questions in one sequence, once its images"
+    )
     parser.add_argument("--eval_file", metavar="FILE", help=f"the original file to evaluate on ({EVAL_FILE})")
     parser.add_argument("--skip_missing", action="store_true", help="leave out what of original files lacks images")
     return parse_options(parser, flash_attention_implies_bf16=True)
@@ -53,7 +55,7 @@ def load_data(options: argparse.Namespace) -> tuple[data.Rows | None, data.Rows]
             lambda: original_rows(folder, options.eval_file or EVAL_FILE, options, by_pair=False),
         )
     else:
-        rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir")
+        rows = data.load_rows(options.data_dir or HUB, "train", (("images", "texts"),), "--data_dir", "train.json")
         train_rows, eval_rows = data.split_off_first(rows, EVAL_ROWS, options)
     return data.with_answers(train_rows, eval_rows.first(options.eval_limit), options)
 

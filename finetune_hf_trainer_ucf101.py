@@ -32,7 +32,7 @@ OTHER = "(other)"  # an answer that names no class
 
 def parse() -> argparse.Namespace:
     parser = make_parser("Fine-tune Phi-3.5-vision to classify videos.", num_crops=4)
-    parser.add_argument("--eval_split", choices=("val", "test"), default="test", help="to evaluate on (%(default)s)")
+    parser.add_argument("--eval_split", choices=("val", "test"), default="val", help="to evaluate on (%(default)s)")
     needed = {"data_dir": "the folder that convert_ucf101.py has written"}
     return parse_options(parser, flash_attention_implies_bf16=True, needed=needed)
 

@@ -392,11 +392,15 @@ def test_image_finder(tmp_path):
 def test_missing_images_are_told(tmp_path, capsys):
     report_missing(tmp_path, [])
     with pytest.raises(
-        UserError, match=r"12 examples of f.json whose .* missing: 0, 1, .*, 9 and 2 more; fetch .* again$"
+        UserError, match=r"12 examples of f.json whose .* missing: 0, 1, .*, 9 and 2 more; .* fetch them again$"
     ):
         report_missing(Path("f.json"), range(12))
     with pytest.raises(UserError, match=r"1 examples of f.json whose .* missing: a; .*, or add --skip_missing"):
         report_missing(Path("f.json"), ["a"], skip=False)
+    advice = "; see that the images lie below pages as they are published, or fetch them again"
+    for skip in (None, False, True):  # of a wrong folder to leave out everything is no help
+        with pytest.raises(UserError, match=rf"1 examples .* missing: a \(and none that has them\){advice}$"):
+            report_missing(Path("pages/f.json"), ["a"], skip, everywhere=True)
     assert capsys.readouterr().out == ""
     report_missing(Path("f.json"), ["a"], skip=True)
     assert capsys.readouterr().out == "left out 1 examples of f.json whose images are missing: a\n"
@@ -636,7 +640,7 @@ def test_all_bad_lines_of_a_file_are_told_at_once(tmp_path):
     broken, needs, missing = error.value.problems
     assert broken.startswith(f"{path}, line 2: no JSON in UTF-8")
     assert needs == f"{path}, line 5: needs text"
-    assert missing.startswith(f"there are 1 examples of {path} whose images are missing: b; fetch the images again, or")
+    assert missing.startswith(f"there are 1 examples of {path} whose images are missing: b; see that the images lie")
     path.write_text("{broken\n" * 25)
     with pytest.raises(UserError) as error:
         rows_of_file(tmp_path, "train.json", texts_of)

@@ -306,7 +306,14 @@ def test_the_converter_reads_the_videos(layout, tmp_path, monkeypatch):
     ended = run_script("convert_ucf101.py", *options, processes=0)
     assert ended.returncode == 0, ended.stdout
     train_data, eval_data, classes = script_rows(
-        "finetune_hf_trainer_ucf101", monkeypatch, "--data_dir", tmp_path / "converted", "--output_dir", tmp_path / "o"
+        "finetune_hf_trainer_ucf101",
+        monkeypatch,
+        "--data_dir",
+        tmp_path / "converted",
+        "--output_dir",
+        tmp_path / "o",
+        "--eval_split",
+        "test",
     )
     assert (len(train_data), len(eval_data), classes) == (8, 4, sorted(demo.MOTIONS))
     for index, record in enumerate(eval_data.records):

@@ -138,12 +138,13 @@ def test_pictures_that_are_missing_or_broken(challenge):
         memes.make_example(rows, 1)
     for name in ("00006.png", "00008.png"):
         (challenge / "img" / name).unlink()
-    with pytest.raises(UserError, match=r"2 examples of .*/dev_seen.jsonl whose images are missing: 6, 8; fetch"):
+    with pytest.raises(UserError, match=r"2 examples of .*/dev_seen.jsonl whose images are missing: 6, 8; see"):
         memes.load_data(options_for(challenge))
 
 
 def test_which_files_are_read(challenge, cauldron):
-    with pytest.raises(UserError, match=r"test_seen.jsonl cannot be read: No such file"):
+    there = r"dev_seen.jsonl, .*train.jsonl"
+    with pytest.raises(UserError, match=rf"test_seen.jsonl cannot be read: No such file or directory \(.* has {there}"):
         memes.load_data(options_for(challenge, eval_file="test_seen.jsonl"))
     with pytest.raises(UserError, match=r"dev_seen.jsonl cannot be read: No such file"):  # not passed over in silence
         memes.load_data(options_for(cauldron, eval_file="dev_seen.jsonl"))
@@ -151,6 +152,9 @@ def test_which_files_are_read(challenge, cauldron):
     train_rows, eval_rows = memes.load_data(options_for(challenge, eval_only=True, eval_file="dev_unseen.jsonl"))
     assert (train_rows, len(eval_rows)) == (None, 2)  # an evaluation needs no training data
     assert len(memes.load_data(options_for(challenge, eval_only=True))[1]) == 4
+    message = "holds no parquet files, and no folder saved by datasets, and no train.jsonl: give one that does"
+    with pytest.raises(UserError, match=message):
+        memes.load_data(options_for(challenge / "img"))
 
 
 def evaluate_with(monkeypatch, rows, answers, folder):
@@ -229,7 +233,9 @@ def test_run_that_leaves_bad_lines_out(challenge, tmp_path):
     ended = run_script("finetune_hf_trainer_hateful_memes.py", *options)
     assert ended.returncode != 0
     assert f"  - {path}, line 1: no JSON in UTF-8" in ended.stdout
-    assert f"  - there are 1 examples of {path} whose images are missing: 3; fetch the images again" in ended.stdout
+    assert (
+        f"  - there are 1 examples of {path} whose images are missing: 3; see that the images lie below" in ended.stdout
+    )
     skip = ("--bad_examples", "skip", "--max_bad_fraction", 0.5)
     ended = run_script("finetune_hf_trainer_hateful_memes.py", *options, *skip)
     assert ended.returncode == 0, ended.stdout[-3000:]

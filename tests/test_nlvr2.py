@@ -157,6 +157,9 @@ def test_missing_image(original, capsys):
         file.unlink()
     with pytest.raises(UserError, match=r"1 examples of .*/train.json whose .*: train-11-1-0; .*add --skip_missing"):
         nlvr2.load_data(options_for(original))
+    (original / "images" / "empty").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no folder saved by datasets, and no train.json: give one that does"):
+        nlvr2.load_data(options_for(original / "images" / "empty"))
     train_rows, _ = nlvr2.load_data(options_for(original, skip_missing=True))
     assert len(train_rows) == 1
     assert "left out 1 examples of" in capsys.readouterr().out
