@@ -1,6 +1,8 @@
 """Reading rows: every layout and every way to store it; each fault an error that names its place."""
 
+import errno
 import io
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -178,6 +180,23 @@ def test_unknown_columns(tmp_path):
 def test_no_rows(tmp_path):
     mini(1).select([]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="split train, is empty"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_cache_without_room(tmp_path, monkeypatch, wrapped):
+    """It is not the files that are at fault."""
+    mini(1).to_parquet(tmp_path / "train.parquet")
+
+    def fails(files):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        if wrapped:
+            raise datasets.exceptions.DatasetGenerationError from full
+        raise full
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", fails)
+    cache = re.escape(str(datasets.config.HF_DATASETS_CACHE))
+    with pytest.raises(UserError, match=rf"train.parquet does not fit on the disk of {cache}, where a copy is made"):
         load(tmp_path)
 
 

@@ -3,6 +3,7 @@ time that it is waited for stands in the log.
 """
 
 import argparse
+import errno
 import functools
 import statistics
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 from accelerate.data_loader import skip_first_batches
+from transformers import TrainerCallback
 
 from common.packing import PackedBatchSampler, Questions
 from common.stopping import Stopping
@@ -151,6 +153,21 @@ def test_a_run_goes_on_where_it_was_however_far_the_workers_were(tmp_path, packs
         again = make_trainer(folder, packs, workers=1)
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         assert again.model.seen == whole.model.seen[step * micro_steps :]
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    """As TensorBoard's on a full disk; the run's own log is whole."""
+
+    class Reports(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.add_callback(Reports())
+    trainer.train()
+    assert "step 2 is not reported everywhere: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
 
 
 def test_the_time_that_data_are_waited_for_is_logged(tmp_path):
