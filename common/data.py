@@ -226,8 +226,8 @@ def _load_local(path: Path, split: str, option: str, else_file: str) -> datasets
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         if errno.ENOSPC in (getattr(one, "errno", None) for one in (error, error.__cause__)):
             raise UserError(
-                f"{option} {chosen[0]} does not fit on the disk of {datasets.config.HF_DATASETS_CACHE}, where a copy is "
-                "made: make room, or name another folder in the environment's HF_DATASETS_CACHE"
+                f"{option} {chosen[0]} does not fit on the disk of {datasets.config.HF_DATASETS_CACHE}, where a copy "
+                "is made: make room, or name another folder in the environment's HF_DATASETS_CACHE"
             ) from error
         raise UserError(
             f"{option} {chosen[0]} cannot be read as parquet ({one_line(error)}): fetch it again"
