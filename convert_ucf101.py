@@ -56,7 +56,7 @@ def user_error(message: str) -> ValueError:
 
 
 def readable(name: str | Path) -> str:
-    """As the one of `common/data.py`, whose import takes seconds."""
+    """A name that can be shown, as by the one of `common/data.py`, whose import takes seconds."""
     return str(name) if str(name).isprintable() else repr(str(name))
 
 
