@@ -385,19 +385,20 @@ class StoppingAfter(NotStopping):
     """Of a process that is told to stop in this step."""
 
     def __init__(self, step: int) -> None:
-        self.steps_left = step
+        self.step, self.trainer = step, None
 
     def agreed(self, device):
-        self.steps_left -= 1
-        return self.steps_left == 0
+        return self.trainer.state.global_step == self.step
 
 
 @pytest.mark.parametrize(("step", "goes_on_from"), [(6, "step 3, the last one that is saved"), (7, "there")])
 def test_stopped_it_tells_from_where_it_goes_on(tmp_path, capsys, step, goes_on_from):
     """The checkpoint of the sixth step finds a full disk."""
+    stopping = StoppingAfter(step)
+    stopping.trainer = make_trainer(tmp_path, [FullDisk(50)], stopping)
     try:
         with pytest.raises(SystemExit) as ended:
-            make_trainer(tmp_path, [FullDisk(50)], StoppingAfter(step)).train()
+            stopping.trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert ended.value.code == 143
