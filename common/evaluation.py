@@ -154,6 +154,7 @@ def generate_answers(
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
         worker_init_fn=outlive_stop_signals,
+        generator=torch.Generator(),  # else it draws from the one that dropout draws from
     )
     was_training = model.training
     model.eval()

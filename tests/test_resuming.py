@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,9 @@ def test_signal_in_an_evaluation_between_steps(pages, run, uninterrupted, tmp_pa
     code, text = run(folder, *options, "--eval_steps", 2)
     assert code == 0, text[-3000:]
     assert f"going on from {folder}/checkpoint-4" in text
-    Result.of(uninterrupted(*options)).check_same(folder)
+    found = Result.of(folder)
+    losses_alone = [line for line in found.losses if "eval_anls" not in line]
+    assert replace(found, losses=losses_alone) == Result.of(uninterrupted(*options))
 
 
 def test_killed_in_the_final_evaluation(begin, run, uninterrupted, tmp_path):
