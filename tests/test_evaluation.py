@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from common.evaluation import generate_answers, write_evaluation
 from common.files import INCOMPLETE
 from common.layers import causal_lm_of
 from common.phi3v import Phi3VProcessor
+from common.stopping import ToldToStopError
 from tests.launch import free_port
 from tests.model_helpers import picture, tiny_model, write_stand_in_checkpoint
 
@@ -188,14 +190,41 @@ def test_pages_whose_rope_factors_change_are_not_shared(folder):
     assert [one.text for one in shared] == [one.text for one in alone]
 
 
-def test_model_is_left_in_its_mode(folder):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_goes_on_as_before(folder, workers):
+    """The model is left in its mode, and nothing is drawn from what dropout draws from."""
     model = tiny_model().train()
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
     precision = Precision("bf16", torch.bfloat16, torch.bfloat16)
     options = argparse.Namespace(
-        eval_batch_size_per_gpu=1, num_workers=0, precision=precision, device="cpu", tqdm=False, report_images=False
+        eval_batch_size_per_gpu=1, num_workers=workers, precision=precision, device="cpu", tqdm=False
     )
+    options.report_images = False
+    before = torch.get_rng_state()
     assert len(generate_answers(model, processor, 1, make_example, options, max_new_tokens=2)) == 1
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_told_to_stop_it_begins_no_other_batch(folder, monkeypatch):
+    model, stopping, begun = tiny_model().train(), SimpleNamespace(signal=None), []
+    stopping.agreed = lambda device: stopping.signal is not None
+    generate_batch = model.generate
+
+    def told_to_stop(**inputs):
+        begun.append(len(inputs["input_ids"]))
+        stopping.signal = "SIGTERM"
+        return generate_batch(**inputs)
+
+    monkeypatch.setattr(model, "generate", told_to_stop)
+    options = argparse.Namespace(
+        eval_batch_size_per_gpu=2, num_workers=0, precision=Precision("fp32", torch.float32, None), device="cpu"
+    )
+    options.tqdm, options.report_images, options.stopping = False, False, stopping
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    with pytest.raises(ToldToStopError, match=r"^evaluate: given up$"):
+        generate_answers(model, processor, COUNT, make_example, options, max_new_tokens=2)
+    assert begun == [2]
     assert model.training
 
 
