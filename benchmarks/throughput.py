@@ -219,7 +219,7 @@ class Runner:
         self.device, self.dtype, self.method, self.num_workers = device, dtype, method, num_workers
         self.processor = make_processor(num_crops)
         self.model = prepare(make_model(size, self.processor, device, dtype), self.processor, method)
-        self.computed_by = ("none",)  # kernels and what decides what they are for
+        self.computed_by: tuple[Any, ...] = ("none",)  # kernels, and what decides on the layers that are compiled
         set_kernels(baseline.inner(self.model), *self.computed_by)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self.trained:
@@ -235,7 +235,8 @@ class Runner:
             part, number = "tower" if "img_processor" in name else "decoder", int(name.rpartition(".")[2])
             every_second = variant.recompute == "selective" and number % 2 == 0  # as common/layers.py
             layer.gradient_checkpointing = every_second or variant.recompute in ("full", part)
-        computed_by = (variant.kernels, variant.packs, variant.recompute)
+        how_compiled = (variant.packs, variant.recompute) if variant.kernels == "compiled" else ()
+        computed_by = (variant.kernels, *how_compiled)
         if computed_by != self.computed_by:
             self.computed_by = ("none",)  # also where the others cannot be had
             set_kernels(model, variant.kernels, variant.packs)
