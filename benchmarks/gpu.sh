@@ -5,10 +5,10 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        where the JSON goes (benchmarks/results)
 #
-# PYTHON, SECONDS_IN_ALL (570), SECONDS_OF_CORRECTNESS (120), METHODS ("full qlora lora frozen", or some of them; what is
-# compiled is compared where time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a
-# trial without a GPU: OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, and
-# KERNELS (compiled), those of the fastest variants, which a CPU compiles for minutes.
+# PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them; what is compiled is compared where
+# time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a trial without a GPU:
+# OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, KERNELS (compiled), those of
+# the fastest variants, which a CPU compiles for minutes, and PATIENCE (1), how many times its time a measurement has.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/results}
@@ -16,6 +16,7 @@ python=${PYTHON:-python3}
 deadline=${SECONDS_IN_ALL:-570}
 methods=${METHODS:-full qlora lora frozen}
 options=${OPTIONS:-}
+patience=${PATIENCE:-1}
 export PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 mkdir -p "$folder"
 left_out=()
@@ -43,7 +44,7 @@ echo "GPU: $name"
 
 # run LABEL MOST_SECONDS COMMAND...: one measurement, stopped when its time or the whole's is over
 run() {
-  local label=$1 most=$2 left=$((deadline - SECONDS))
+  local label=$1 most=$(($2 * patience)) left=$((deadline - SECONDS))
   shift 2
   if ((left < 20)); then left_out+=("$label: no time left"); return 1; fi
   echo; echo "== $label (second $SECONDS)"
@@ -58,18 +59,18 @@ run() {
 # whenever it has more; its first turns, in which layers are compiled, may take most of its time. One-question ways ask
 # two questions of each page.
 step() {
-  local method=$1 most=$2 left=$((deadline - SECONDS))
+  local method=$1 own=$2 most=$(($2 * patience)) left=$((deadline - SECONDS))
   shift 2
   [[ " $methods " == *" $method "* ]] || return 0
   # shellcheck disable=SC2086
-  run "$method" "$most" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 6 \
+  run "$method" "$own" "$python" -m benchmarks.throughput --method "$method" --num_crops 16 --rounds 3 --pages_per_turn 6 \
     --questions_per_page 2 --seconds $(((most < left ? most : left) - 15)) \
     --seconds_of_first_turns $(((most < left ? most : left) - 40)) --output "$folder/gpu_${name}_$method.json" $options --compare "$@"
 }
 
 # what is compiled takes most of that time: it comes last
 # shellcheck disable=SC2086
-run "correctness" "${SECONDS_OF_CORRECTNESS:-120}" "$python" -m benchmarks.agree --skip compiled flex \
+run "correctness" 120 "$python" -m benchmarks.agree --skip compiled flex \
   --output "$folder/gpu_${name}_agree.json" ${CORRECTNESS:-} || {
   printf '%s\n' "${left_out[@]}" "the gradients were not shown to agree: what follows is not worth timing (ANYWAY=1: all the same)"
   [[ ${ANYWAY:-} ]] || exit 1
