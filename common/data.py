@@ -591,6 +591,8 @@ def rows_of_file(
     try_all(
         lambda: raise_all(first_of(found, str(path))), lambda: report_missing(path, missing, skip_missing, not rows)
     )
+    if not rows:
+        raise UserError(f"{path} is empty: it holds no line with an example")
     of_lines = rows_of_records(str(folder), os.path.splitext(name)[0], list(rows.values()))
     return replace(of_lines, file=path, lines=lines)
 

@@ -305,6 +305,7 @@ def loading_options(checkpoint: str | Path, **values: Any) -> argparse.Namespace
         "max_crops_per_call": None,
         "use_liger": False,
         "torch_compile": False,
+        "packs": False,
         "eval_only": False,
         "bf16": False,
         "output_dir": Path("unused"),

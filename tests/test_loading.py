@@ -155,6 +155,13 @@ def test_layers_are_compiled_where_asked_for(checkpoint, compiles):
         assert all((layer._compiled_call_impl is not None) == compiles for layer in stack)
 
 
+def test_packed_rows_are_compiled_part_by_part_where_computed_again(checkpoint):
+    options = loading_options(checkpoint, torch_compile=True, packs=True, gradient_checkpointing="full")
+    decoder, tower = stacks_of(load_for_training(options)[0])
+    assert all(layer._compiled_call_impl is None and layer.mlp._compiled_call_impl is not None for layer in decoder)
+    assert all(layer._compiled_call_impl is not None for layer in tower)
+
+
 @pytest.mark.parametrize(
     ("use_liger", "torch_compile", "kernels"), [(False, False, 0), (True, False, 1), (True, True, 0)]
 )

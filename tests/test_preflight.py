@@ -113,11 +113,12 @@ def test_all_problems_come_in_one_list(tmp_path, monkeypatch):
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or installed(name))
     told = problem_of(dataset_of(broken=[3]), options_of(tmp_path)).splitlines()
-    assert told[0] == "5 problems:"
+    assert told[0] == "6 problems:"
     for beginning in (
         "torch 2.10.1 is installed, torch>=2.11 is needed",
         "deepspeed 0.19.7 is installed, deepspeed>=0.19.8 is needed",
         "pages, row 3: the image (1000 bytes) cannot be decoded",
+        "4 loader workers hand over at least 0.01 GB at once",
         f"--output_dir {tmp_path}: the run writes",
         f"a trial save and reload of a shrunk model in {tmp_path} failed: OSError: no room",
     ):
@@ -249,6 +250,9 @@ def sampled_of(size):
 def test_every_picture_is_decoded_before_weights_are_loaded(packing, tmp_path, capsys):
     """Damage beyond the sample, which headers do not show, is told at once; unless it is to be left out, or resumed."""
     damaged = {"broken": [UNSEEN, 150]}
+    interrupted_run = tmp_path / "earlier" / "checkpoint-5"
+    interrupted_run.mkdir(parents=True)
+    (interrupted_run / "manifest.json").write_text(json.dumps({"step": 5}))
 
     def look(*words, resume_from=None, **faults):
         options = options_of(tmp_path, *packing, "--num_workers", 2, *words)
@@ -274,7 +278,7 @@ def test_every_picture_is_decoded_before_weights_are_loaded(packing, tmp_path, c
     for words, interrupted, measures in (
         (("--no-check_images",), None, True),
         (("--bad_examples", "skip"), None, packing),
-        ((), tmp_path / "checkpoint-5", packing),
+        ((), interrupted_run, packing),
     ):
         told = look(*words, resume_from=interrupted, **damaged).out
         assert told.splitlines()[1:] == (["checked: the lengths of 200 examples"] if measures else []), words
