@@ -207,7 +207,7 @@ def conversations(folder):
             picture(60 + 9 * k, 70, k).save(folder / "images" / f"{k}.png")
             turn["images"] = [f"{k}.png"]
         lines.append(json.dumps({"conversations": [turn]}) + "\n")
-    for split in ("train", "test"):
+    for split in ("train", "val"):
         (folder / f"ucf101_{split}.jsonl").write_text("".join(lines))
     return folder
 

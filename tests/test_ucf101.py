@@ -73,6 +73,12 @@ def test_data(folder):
     assert len(ucf101.load_data(options_for(folder, eval_split="val"))[1]) == 1
 
 
+def test_it_is_evaluated_on_val_as_published(monkeypatch, folder, tmp_path):
+    options = ("--data_dir", str(folder), "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    assert len(ucf101.load_data(ucf101.parse())[1]) == 1
+
+
 def test_evaluation_needs_no_training_data(folder, tmp_path):
     (tmp_path / "images").symlink_to(folder / "images")
     (tmp_path / "ucf101_test.jsonl").write_text((folder / "ucf101_test.jsonl").read_text())
@@ -105,6 +111,7 @@ def test_lengths_are_checked_before_anything_runs(monkeypatch, folder, tmp_path,
             records[1]["conversations"][0]["images"] += records[0]["conversations"][0]["images"][:1]
         (tmp_path / f"ucf101_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ("--model_name_or_path", str(checkpoint), "--data_dir", str(tmp_path), "--num_crops", "1")
+    options += ("--eval_split", "test")
     monkeypatch.setattr(sys, "argv", ["ucf101", *options, "--output_dir", str(tmp_path / "out"), *arguments])
     monkeypatch.setattr(ucf101, "load_model", lambda *ignored: pytest.fail("before the weights are loaded"))
     message = rf"^\S+ucf101_{split}.jsonl, line 2: \d+ tokens, the model takes 900: lower --num_crops"
@@ -157,6 +164,7 @@ def test_run(folder, tmp_path):
     options = ("--model_name_or_path", CHECKPOINT, "--data_dir", folder, "--output_dir", tmp_path, "--num_crops", 1)
     options += ("--batch_size", 4, "--max_steps", 4, "--warmup_steps", 1, "--logging_steps", 1, "--num_workers", 1)
     options += ("--use_lora", "--use_qlora", "--lora_rank", 4, "--learning_rate", "1e-2", "--no-tqdm")
+    options += ("--eval_split", "test")
     ended = run_script("finetune_hf_trainer_ucf101.py", *options)
     assert ended.returncode == 0, ended.stdout[-3000:]
     losses = [line["loss"] for line in read_log(tmp_path)]

@@ -137,7 +137,7 @@ def bad_line(change: Callable[[dict[str, Any], random.Random, Path], Any]) -> Ma
             turn = {"images": [f"{number}.png"], "user": "Which?", "assistant": "Archery"}
             lines.append({"id": str(number), "source": "ucf101", "conversations": [turn]})
         good = [json.dumps(line).encode() for line in lines]
-        (folder / "ucf101_test.jsonl").write_bytes(good[0])
+        (folder / "ucf101_val.jsonl").write_bytes(good[0])
         place = generator.randrange(1, ROWS)  # the first one's picture is the evaluation's too
         bad = change(lines[place], generator, images)
         content = [*good[:place], bad if isinstance(bad, bytes) else json.dumps(bad).encode(), *good[place + 1 :]]
@@ -277,7 +277,7 @@ KINDS: dict[str, Make] = {
     "turn whose images are a text": in_turn(images="0.png"),
     "turn whose answer is a number": in_turn(assistant=7),
     "image file that is not there": in_turn(images=["absent.png"]),
-    "image path out of the folder": in_turn(images=["../ucf101_test.jsonl"]),
+    "image path out of the folder": in_turn(images=["../ucf101_val.jsonl"]),
     "image file cut off": bad_line(cut_picture),
     "wrong numbers": wrong_numbers,
     "batch that cannot be divided": indivisible,
