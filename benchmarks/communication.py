@@ -194,7 +194,7 @@ class MeasuredPeak:
     """A measured peak, and the setting of which it is the peak.
 
     Attributes:
-        tokens: of a question about a picture of its own.
+        setting: with `tokens` of a question about a picture of its own.
         together: questions that went through at once.
         kernels: of the layers, as `benchmarks/throughput.py` names them.
         measured: bytes.
@@ -202,7 +202,6 @@ class MeasuredPeak:
 
     gpu: str
     setting: Setting
-    tokens: int
     together: int
     kernels: str
     measured: float
@@ -244,7 +243,7 @@ def measured_peaks(folder: Path = RESULTS) -> list[MeasuredPeak]:
                 max_tokens_per_gpu=together * tokens if variant.packs else None,
             )
             measured = 1e9 * figures["peak_gb"]
-            found.append(MeasuredPeak(result["machine"]["gpu"], setting, tokens, together, variant.kernels, measured))
+            found.append(MeasuredPeak(result["machine"]["gpu"], setting, together, variant.kernels, measured))
     return found
 
 
@@ -254,7 +253,7 @@ def measured_table() -> str:
     rows = []
     for one in measured_peaks():
         sizes = (f"{size / 1e9:.1f}" for size in (one.measured, one.estimated))
-        about = (one.setting.method, f"{one.together} x {one.tokens:,}", one.setting.gradient_checkpointing)
+        about = (one.setting.method, f"{one.together} x {one.setting.tokens:,}", one.setting.gradient_checkpointing)
         rows.append([one.gpu, *about, kernels[one.kernels], *sizes, f"{one.difference:+.1%}"])
     names = ("GPU", "method", "tokens at once", "computed again", "kernels", "peak measured, GB", "peak estimated, GB")
     return markdown((*names, "estimated against measured"), rows)
