@@ -36,6 +36,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.throughput import TOLERANCE, Runner, Variant
 from common.cli import liger_is_installed
+from common.layers import causal_lm_of
 
 REFERENCE = "reference:attention=eager"
 FLOAT32 = (
@@ -136,6 +137,7 @@ def measure(
             continue
         runner = Runner(size, method, num_crops, device, dtype)
         draw_weights(runner.model)
+        causal_lm_of(runner.model).fuses_loss_from = 1  # a few answers are to show what Liger's loss gives
         reference = gradients(runner, REFERENCE, pages)
         own_error = whole_difference(reference, wanted[method]) if method in wanted else None
         wanted.setdefault(method, reference)

@@ -127,14 +127,14 @@ def spreads(batch_size: int = 64, num_pages: int = 1000) -> dict[str, dict[str, 
         for name, questions in (("shared, by tokens", shared), ("one by one, by tokens", apart)):
             # as few packs as there are processes
             sampler = PackedBatchSampler(questions, batch_size, 10**9, 0, world, 0)
-            found[name][str(world)] = round(spread(sampler.tokens_per_process(0)), 4)
+            found[name][str(world)] = round(sampler.spread(0), 4)
         by_rank = [
             list(GlobalBatchSampler(len(own), batch_size, batch_size // world, rank, world, 0)) for rank in range(world)
         ]
         loads = [
             [sum(apart.tokens([key.index]) for key in batch) for batch in step] for step in zip(*by_rank, strict=True)
         ]
-        found["one by one, by count"][str(world)] = round(spread(loads), 4)
+        found["one by one, by count"][str(world)] = round(spread(loads, [sum(step) for step in loads]), 4)
     return found
 
 

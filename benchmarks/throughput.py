@@ -385,8 +385,17 @@ def compare(
     rounds = [pages[start :: options.rounds] for start in range(options.rounds)]
 
     def take_turn(variant: Variant, number: int) -> None:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(runner.device)
         running[variant].append(runner.turn(variant, rounds[number], options.questions_per_page))
         figures[variant.name] |= describe(running[variant], step_seconds, options.batch_size, ceiling)
+        if on_gpu:  # later rounds have other pages
+            figures[variant.name]["peak_gb"] = max(figures[variant.name]["peak_gb"], gigabytes(memory.total()))
+
+    def leave_out(variant: Variant, error: Exception) -> None:
+        running.pop(variant, None)
+        figures[variant.name] = {"left_out": " ".join(str(error).split())[:200]}
+        print(f"left out: {variant.name}: {figures[variant.name]['left_out']}", flush=True)
 
     def report() -> dict[str, Any]:
         result = {
@@ -418,22 +427,24 @@ def compare(
             else:
                 runner.turn(variant, pages[:1])
             figures[variant.name] = {"peak_gb": gigabytes(memory.total())} if on_gpu else {}
-            running[variant] = []
-        except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            figures[variant.name] = {"left_out": " ".join(str(error).split())[:200]}
-            print(f"left out: {variant.name}: {figures[variant.name]['left_out']}", flush=True)
-        if variant in running:
             if not on_gpu:
                 figures[variant.name] |= compare_gradients(runner, variant, wanted)
+            running[variant] = []
             take_turn(variant, 0)
+        except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            leave_out(variant, error)
         result = report()
     for number in range(1, options.rounds):
         runner.step()
         length = sum(turns[-1].seconds for turns in running.values())
         if time.perf_counter() - began + length > options.seconds:
             break
-        for variant in running:
-            take_turn(variant, number)
+        for variant in list(running):
+            try:
+                take_turn(variant, number)
+            except RuntimeError as error:
+                runner.clear_gradients()
+                leave_out(variant, error)
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
         result = report()
     return result

@@ -28,7 +28,7 @@ from .errors import OptionsError, RightOptions, UserError, is_first_process, not
 from .facts import RUN_FACTS, note_origins
 from .launcher import launcher
 from .model_card import push_problems
-from .phi3v.stock import find_fused_cross_entropy
+from .phi3v.stock import OLDEST_LIGER, find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
 MOST = 2**31 - 1  # of any number; what is beyond it, the libraries do not take for a seed, a size or a time
@@ -453,8 +453,8 @@ def _device_problems(options: argparse.Namespace) -> list[str]:
     problems = []
     if options.use_liger and not liger_is_installed():
         problems.append(
-            "--use_liger: liger-kernel 0.8 or newer is not installed: pip install -r requirements-liger.txt, "
-            "or leave the option out"
+            f"--use_liger: liger-kernel {OLDEST_LIGER} or newer is not installed: "
+            "pip install -r requirements-liger.txt, or leave the option out"
         )
     num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_here > num_gpus:

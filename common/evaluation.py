@@ -272,7 +272,7 @@ def _inputs(
 
 
 def _can_share(model: torch.nn.Module, processor: Phi3VProcessor, max_new_tokens: int, group: Group) -> bool:
-    """Whether a group's prompts have pictures and begin alike, and none gets so long that the rope's factors change.
+    """Whether a group's prompts have pictures and begin alike, and the rope's factors change in none after its prefix.
 
     Past that threshold the model rotates all of a row's positions by other factors, those of its pictures too.
     """
@@ -280,7 +280,8 @@ def _can_share(model: torch.nn.Module, processor: Phi3VProcessor, max_new_tokens
     length = prefix_length(first, processor.image_token_id)
     longest = max(len(encoded["input_ids"]) for _, encoded in group) + max_new_tokens
     begin_alike = all(torch.equal(encoded["input_ids"][:length], first[:length]) for _, encoded in group)
-    return length > 0 and begin_alike and longest <= causal_lm_of(model).config.original_max_position_embeddings
+    threshold = causal_lm_of(model).config.original_max_position_embeddings
+    return length > 0 and begin_alike and (length > threshold or longest <= threshold)
 
 
 def _cut(encoded: dict[str, Any], places: slice) -> dict[str, Any]:

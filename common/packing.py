@@ -336,22 +336,27 @@ class PackedBatchSampler:
     def _pack_tokens(self, pack: Pack) -> int:
         return sum(map(self.questions.tokens, pack))
 
-    def tokens_per_process(self, epoch: int) -> list[list[int]]:
-        """How many tokens each process has in each step: (steps, world); fillers included."""
+    def spread(self, epoch: int) -> float:
+        """How much longer an epoch's steps are than if its questions' tokens were divided equally: see `spread`.
+
+        A filler, which a process without questions of its own computes, lengthens a step and is no share of it.
+        """
         filler = self.questions.tokens([self.shortest])
-        loads = []
+        loads, tokens = [], []
         for batch in self.global_batches(epoch):
-            packs = [self._pack_tokens(pack) or filler for pack in self.divide(batch)]
-            loads.append([sum(packs[rank :: self.world]) for rank in range(self.world)])
-        return loads
+            packs = [self._pack_tokens(pack) for pack in self.divide(batch)]
+            tokens.append(sum(packs))
+            loads.append([sum(pack or filler for pack in packs[rank :: self.world]) for rank in range(self.world)])
+        return spread(loads, tokens)
 
 
-def spread(tokens_per_process: Sequence[Sequence[int]]) -> float:
+def spread(tokens_per_process: Sequence[Sequence[int]], tokens: Sequence[int]) -> float:
     """How much longer steps are than with perfectly equal processes: 0.1 for a tenth.
 
     Args:
-        tokens_per_process: (steps, world).
+        tokens_per_process: (steps, world), what each process computes.
+        tokens: (steps,), what is to be divided.
     """
     busiest = sum(max(loads) for loads in tokens_per_process)
-    equal = sum(sum(loads) / len(loads) for loads in tokens_per_process)
+    equal = sum(total / len(loads) for total, loads in zip(tokens, tokens_per_process, strict=True))
     return busiest / equal - 1

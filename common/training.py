@@ -63,7 +63,7 @@ from .files import INCOMPLETE, read_json
 from .launcher import launcher
 from .layers import causal_lm_of
 from .model_card import precision_options, push_to_hub, write_model_card
-from .packing import PackedBatchSampler, check_examples, check_fits, measure_questions, spread
+from .packing import PackedBatchSampler, check_examples, check_fits, measure_questions
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
 from .phi3v.masks import BY_DOCUMENT, attention_for_packing
 from .progress import TrainingProgress, in_time
@@ -376,6 +376,7 @@ class RecipeTrainer(WatchedTrainer):
         self.options, self.bad_examples = options, bad_examples
         self.rates: dict[str, float] = {}
         self._log_lags = False
+        self._peak = 0.0
         self.start_counting()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -417,9 +418,16 @@ class RecipeTrainer(WatchedTrainer):
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count what was no training, as an evaluation between two steps."""
-        self._since += seconds
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """What is done within is no training, as an evaluation between two steps: neither its time counts nor, on a
+        GPU, its memory."""
+        began, self._peak = time.perf_counter(), max(self._peak, memory_peak())
+        try:
+            yield
+        finally:
+            forget_memory_peak()
+            self._since += time.perf_counter() - began
 
     def _prepare_input(self, data: Any) -> Any:
         """To the device, in its own type: under DeepSpeed the Trainer would round the loss weights to half precision.
@@ -471,12 +479,13 @@ class RecipeTrainer(WatchedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add examples and tokens per second of all processes, and of the process that has most of it the share
-        of the time spent waiting for data and the peak of memory in GB."""
+        of the time spent waiting for data and training's peak of memory in GB."""
         if "loss" in logs:
             logs |= self.rates
             elapsed = time.perf_counter() - self._since
             counts = torch.tensor([self._examples, self._tokens], dtype=torch.float64, device=self.args.device)
-            most = torch.tensor([self._waited, memory_peak()], dtype=torch.float64, device=self.args.device)
+            peak = max(self._peak, memory_peak())
+            most = torch.tensor([self._waited, peak], dtype=torch.float64, device=self.args.device)
             if dist.is_initialized():
                 dist.all_reduce(counts)
                 dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -510,10 +519,17 @@ class RecipeTrainer(WatchedTrainer):
 
 
 def memory_peak() -> float:
-    """The most memory this process has held so far, in GB: the GPU's, or the resident memory without one."""
+    """The most memory this process has held, in GB: the GPU's since `forget_memory_peak`, or without one the resident
+    memory since the process began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def forget_memory_peak() -> None:
+    """Let `memory_peak` begin anew with what the GPU's memory holds now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def run_vision_without_pictures(model: torch.nn.Module) -> None:
@@ -549,6 +565,7 @@ class _WhileTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         say(f"{len(self.trainer.train_dataset)} examples in an epoch, {state.max_steps} steps")
+        forget_memory_peak()  # of loading, and of the evaluation before
         self.trainer.start_counting()
         wrapper = type(self.trainer.model_wrapped).__name__
         expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
@@ -562,10 +579,9 @@ class _WhileTraining(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_due = self.options.eval_steps and state.global_step % self.options.eval_steps == 0
         if is_due and not self.options.stopping.agreed(args.device):  # told to stop, it has the time to save, no more
-            began = time.perf_counter()
             self.trainer.watchdog.begin("evaluation", f"the evaluation after step {state.global_step}", "evaluating")
             try:
-                with using_attention(self.trainer.model, self.options.attention):
+                with self.trainer.not_counted(), using_attention(self.trainer.model, self.options.attention):
                     totals = self.evaluate(self.options, f"eval_step_{state.global_step}")
                 scores = {name: value for name, value in totals.items() if isinstance(value, int | float)}
                 wants_log = control.should_log
@@ -575,7 +591,6 @@ class _WhileTraining(TrainerCallback):
                 say(f"the evaluation after step {state.global_step} is given up")
             except NotWrittenError as error:  # as on a full disk: the run goes on
                 say(f"the evaluation after step {state.global_step} is lost: {error}")
-            self.trainer.leave_out(time.perf_counter() - began)
 
 
 def train(
@@ -747,7 +762,7 @@ def make_batches(
     batches = PackedBatchSampler(questions, options.batch_size, most, rank, world, options.seed, epochs)
     set_accumulation(arguments, batches.micro_steps)
     pictures = f" about {len(questions.picture_tokens)} pictures" if options.share_images else ""
-    excess = 100 * spread(batches.tokens_per_process(0))
+    excess = 100 * batches.spread(0)
     say(
         f"{len(questions)} examples{pictures} in an epoch; a step is {world} processes x {batches.micro_steps} packs "
         f"of at most {most} tokens; the fullest process has {excess:.1f} % more than an equal share"

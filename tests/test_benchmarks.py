@@ -321,6 +321,27 @@ def test_comparison_that_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert stored["variants"]["shared"] == {"left_out": "not begun"}
 
 
+def test_memory_that_runs_out_in_a_later_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages are longer: that variant is left out, the others go on."""
+    order, turn = [], Runner.turn
+
+    def runs_out(self: Runner, variant: Variant, *args: Any, **kwargs: Any) -> throughput.Turn:
+        order.append(variant.name)
+        done = turn(self, variant, *args, **kwargs)
+        if len(order) == 5:  # after two turns each
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        return done
+
+    monkeypatch.setattr(Runner, "turn", runs_out)
+    arguments = f"{TINY} --rounds 3 --pages_per_turn 1 --questions_per_page 1 --num_workers 0 --no-peaks"
+    options = throughput.parse_options([*arguments.split(), "--compare", "reference", "shared"])
+    result = throughput.measure(options)
+    assert order == ["reference", "reference", "shared", "shared", "reference", "shared", "shared"]
+    assert result["variants"]["reference"] == {"left_out": "CUDA out of memory. Tried to allocate 2.00 GiB"}
+    assert result["variants"]["shared"]["questions_per_second"] > 0
+    assert (result["first"], result["rounds"]) == ("shared", 3)
+
+
 @pytest.fixture
 def branches_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that is wrong."""
@@ -482,6 +503,8 @@ def test_spreads() -> None:
     found = scaling.spreads(num_pages=200)
     for world in ("2", "8"):
         assert 0 <= 2 * found["one by one, by tokens"][world] < found["one by one, by count"][world]
+    # about sixteen pages a step: most of 64 processes have none, and one page is more than an equal share
+    assert found["shared, by tokens"]["64"] > 2
 
 
 # --- the page

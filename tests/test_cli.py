@@ -310,7 +310,7 @@ def test_liger(monkeypatch, tmp_path):
     assert parse(monkeypatch, tmp_path).use_liger is False
     on_gpu(monkeypatch, (8, 0))
     assert parse(monkeypatch, tmp_path).use_liger is False
-    with pytest.raises(UserError, match=r"--use_liger: liger-kernel 0.8 or newer is not installed: pip install -r"):
+    with pytest.raises(UserError, match=r"--use_liger: liger-kernel 0.8.5 or newer is not installed: pip install -r"):
         parse(monkeypatch, tmp_path, "--use_liger")
     installed[0] = True
     assert parse(monkeypatch, tmp_path).use_liger is True

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from common.cli import Precision
-from common.collation import Example, Turn, encode_example
+from common.collation import Example, Turn, encode_example, prefix_length
 from common.errors import NotWrittenError
 from common.evaluation import generate_answers, write_evaluation
 from common.files import INCOMPLETE
@@ -187,6 +187,24 @@ def test_pages_whose_rope_factors_change_are_not_shared(folder):
     model = tiny_model(original_max_position_embeddings=lengths[1] + 2)
     alone, _ = ask_pages(folder, 1, model=model)
     shared, _ = ask_pages(folder, 8, PAGES, model=model)
+    assert [one.text for one in shared] == [one.text for one in alone]
+
+
+@pytest.mark.parametrize("pages_past_it", [[0, 1, 2, 3], [0, 3]])
+def test_pages_past_the_threshold_are_shared(folder, pages_past_it):
+    """All that is read of them is rotated by the same factors; pages of both sides are in one batch."""
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
+    prefixes, wholes = {}, {}
+    for index, page in enumerate(PAGES):
+        input_ids = encode_example(processor, ask_page(index), with_answer=False)["input_ids"]
+        prefixes[page] = prefix_length(input_ids, processor.image_token_id)
+        wholes[page] = max(wholes.get(page, 0), len(input_ids))
+    threshold = min(prefixes[page] for page in pages_past_it) - 1
+    assert all(wholes[page] + 6 <= threshold for page in set(PAGES) - set(pages_past_it))
+    model = tiny_model(original_max_position_embeddings=threshold)
+    alone, _ = ask_pages(folder, 1, model=model)
+    shared, crops = ask_pages(folder, 8, PAGES, model=model)
+    assert crops == crops_of(folder, [0, 1, 2, 3])
     assert [one.text for one in shared] == [one.text for one in alone]
 
 

@@ -138,6 +138,27 @@ def test_the_next_step_is_begun_while_one_is_computed(tmp_path, packs):
     assert batches.asked == 3 * micro_steps
 
 
+def test_memory_of_evaluations_is_not_trainings(tmp_path, monkeypatch):
+    """The log has the most that training held, at its first step (a GPU's memory, for which this has a stand-in)."""
+    held = [16.0]  # by the evaluation before training
+
+    class Evaluating(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            held[0] = max(held[0], 5.0 if state.global_step else 7.0)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            with trainer.not_counted():
+                held[0] = 16.0
+
+    monkeypatch.setattr("common.training.memory_peak", lambda: held[0])
+    monkeypatch.setattr("common.training.forget_memory_peak", lambda: held.__setitem__(0, 2.0))
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Evaluating())
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["memory_peak_gb"] for line in lines] == [7.0] * (2 * STEPS_PER_EPOCH)
+
+
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 def test_a_run_goes_on_where_it_was_however_far_the_workers_were(tmp_path, packs):
     """In the middle of an epoch, when the next steps' micro-batches were fetched already: none is lost or had twice."""

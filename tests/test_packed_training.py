@@ -8,6 +8,7 @@ epoch, so that every step holds the same questions as without; packs alone leave
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from types import SimpleNamespace
@@ -292,7 +293,7 @@ def test_evaluation_in_between_has_its_own_attention(capsys):
         logged.append(scores)
         control.should_log = False  # as the Trainer has it
 
-    callback.trainer = SimpleNamespace(model=model, leave_out=lambda seconds: None, watchdog=Watchdog(), log=log)
+    callback.trainer = SimpleNamespace(model=model, not_counted=contextlib.nullcontext, watchdog=Watchdog(), log=log)
     with using_attention(model, "eager"):
         callback.on_step_end(arguments, SimpleNamespace(global_step=1), control)
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"

@@ -283,13 +283,21 @@ def test_processes_have_about_equally_many_tokens(shares: bool, limit: float) ->
     """
     of = like_docvqa(shares)
     sampler = PackedBatchSampler(of, 64, 12_000, 0, 8, seed=0)
-    assert spread(sampler.tokens_per_process(0)) < limit
+    assert sampler.spread(0) < limit
     apart = like_docvqa(shares=False)
     by_count = [
         [sum(apart.tokens([key.index]) for key in keys) for keys in step]
         for step in zip(*(GlobalBatchSampler(10_000, 64, 8, rank, 8, seed=0) for rank in range(8)), strict=True)
     ]
-    assert spread(by_count) > 0.15
+    assert spread(by_count, [sum(step) for step in by_count]) > 0.15
+
+
+def test_fillers_are_no_share_of_the_work() -> None:
+    """Two pages for four processes: the fuller has 310 of 510 tokens, of which an equal share would be 127.5."""
+    of = Questions([0, 0, 1], [290, 190], [10, 10, 10])
+    assert [len(keys) for keys in zip(*samplers(of, 4, 3), strict=True)] == [4]
+    for sampler in samplers(of, 4, 3):
+        assert sampler.spread(0) == pytest.approx(310 / 127.5 - 1)
 
 
 def test_shared_documents_and_others_in_one_pack() -> None:

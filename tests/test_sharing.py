@@ -7,8 +7,10 @@ for sums are added up in another order. A branch that sees its neighbour, or one
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import itertools
 import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from common.collation import Example, Turn, encode_example, encode_questions, pack, share_pictures
+from common.layers import causal_lm_of
 from common.phi3v import Phi3VProcessor
 from common.phi3v.masks import (
     BY_DOCUMENT,
@@ -33,7 +36,7 @@ from common.phi3v.masks import (
     takes_all_lengths_at_once,
     visibility,
 )
-from common.phi3v.stock import enable_activation_checkpointing, find_fused_cross_entropy
+from common.phi3v.stock import OLDEST_LIGER, enable_activation_checkpointing, find_fused_cross_entropy
 from tests.model_helpers import picture
 from tests.packed_helpers import (
     IMAGE_ID,
@@ -454,7 +457,7 @@ def test_ligers_fused_loss() -> None:
     hidden_states = torch.randn(12, 16, device=device, requires_grad=True)
     targets, weights = torch.randint(0, 50, (12,), device=device), torch.rand(12, device=device)
     token_losses = find_fused_cross_entropy("cuda")
-    assert token_losses is not None, "older than 0.8"
+    assert token_losses is not None, f"older than {OLDEST_LIGER}"
 
     def losses_and_gradients(losses: torch.Tensor) -> torch.Tensor:
         gradients = torch.autograd.grad((losses * weights).sum(), (hidden_states, head.weight))
@@ -463,6 +466,17 @@ def test_ligers_fused_loss() -> None:
     found = losses_and_gradients(token_losses(hidden_states, head, targets))
     wanted = losses_and_gradients(F.cross_entropy(head(hidden_states), targets, reduction="none"))
     assert (found - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("version", "is_new_enough"), [("0.8.1", False), ("0.8.5", True), ("0.10.0", True)])
+def test_old_liger_is_not_taken(version: str, is_new_enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss would be right and its gradients wrong."""
+    functional = SimpleNamespace(liger_fused_linear_cross_entropy=None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    monkeypatch.setattr(importlib.metadata, "version", {"liger_kernel": version}.__getitem__)
+    assert (find_fused_cross_entropy.__wrapped__("cuda") is not None) == is_new_enough
 
 
 @pytest.mark.parametrize("situation", ["many labels", "few labels", "adapted head", "not installed"])
@@ -485,7 +499,7 @@ def test_fused_loss_is_used_where_it_can_be(situation: str, monkeypatch: pytest.
         return None if situation == "not installed" else fused
 
     monkeypatch.setattr("common.phi3v.modeling.find_fused_cross_entropy", find)
-    monkeypatch.setattr("common.phi3v.modeling.FUSED_LOSS_FROM", 7 if situation == "few labels" else 6)
+    causal_lm_of(model).fuses_loss_from = 7 if situation == "few labels" else 6
     found = packed_gradients(model, batch)
     assert calls == ([6] if situation == "many labels" else [])
     assert all((found[name] - gradient).abs().max() < 1e-12 for name, gradient in wanted.items())

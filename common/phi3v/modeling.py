@@ -45,8 +45,6 @@ from .stock import (
 IGNORED_LABEL = -100
 PATCHES_PER_SIDE = 24  # 336 pixels / 14
 MERGED_PER_SIDE = PATCHES_PER_SIDE // 2
-# From so many labelled positions on their logits (at 32,064 a position) are worth a fused loss: 0.4 GB in all.
-FUSED_LOSS_FROM = 1024
 
 
 class Phi3VTower(nn.Module):
@@ -367,6 +365,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
     # micro-batches and not count label tokens, which would weight long answers more.
     accepts_loss_kwargs = False
     fuses_loss = True  # where many positions are labelled and Liger's kernel is there
+    # From so many labelled positions on their logits (at 32,064 a position) are worth a fused loss: 0.4 GB in all.
+    fuses_loss_from = 1024
 
     def __init__(self, config: Phi3VConfig) -> None:
         super(Phi3ForCausalLM, self).__init__(config)
@@ -450,7 +450,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3ForCausalLM):
         head = self.lm_head
         # a head that is adapted, or whose weight lies in pieces on other processes, must be called
         is_plain = type(head) is nn.Linear and head.weight.shape[0] == self.vocab_size
-        if self.fuses_loss and is_plain and len(targets) >= FUSED_LOSS_FROM:
+        if self.fuses_loss and is_plain and len(targets) >= self.fuses_loss_from:
             fused_token_losses = find_fused_cross_entropy(hidden_states.device.type)
             if fused_token_losses is not None:
                 return fused_token_losses(hidden_states, head, targets)

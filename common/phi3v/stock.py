@@ -12,6 +12,7 @@ import importlib.metadata
 from collections.abc import Callable
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
@@ -40,6 +41,10 @@ from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.utils.hub import cached_file as find_file
 from transformers.utils.hub import extract_commit_hash
 
+# The one that was tested. Before 0.8.2 the fused loss's gradients were wrong, and its loss right, where positions count
+# differently, as they do here (Liger-Kernel's pull request 1298).
+OLDEST_LIGER = "0.8.5"
+
 
 def register_with_auto_classes(config, base_model, causal_lm, image_processor, processor) -> None:
     """Make the Auto classes resolve `model_type` "phi3_v" to this package."""
@@ -63,7 +68,7 @@ def enable_activation_checkpointing(model) -> None:
 def find_fused_cross_entropy(
     device_type: str,
 ) -> Callable[[torch.Tensor, nn.Linear, torch.Tensor], torch.Tensor] | None:
-    """Liger's fused linear cross-entropy, which never holds all logits at once; None where it is not to be had.
+    """Liger's fused linear cross-entropy, which never holds all logits at once; None where it is not there or too old.
 
     Returns:
         (labelled, hidden), the head, targets (labelled,) -> losses (labelled,).
@@ -75,8 +80,8 @@ def find_fused_cross_entropy(
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError:  # what importlib.metadata raises is one, too
         return None
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 8):
-        return None  # tested with 0.8.5; older gradients were wrong where positions count differently
+    if Version(version) < Version(OLDEST_LIGER):
+        return None
 
     def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
         return liger_fused_linear_cross_entropy(hidden_states, head.weight, targets, bias=head.bias, reduction="none")
