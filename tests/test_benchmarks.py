@@ -514,6 +514,17 @@ def test_results_page_holds_what_was_measured() -> None:
     assert render.PAGE.read_text(encoding="utf-8") == render.render(measuring.RESULTS)
 
 
+BARS = {"ratio_full": 1.3, "ratio_full_shared": 4.0, "ratio_frozen_shared": 4.5, "ratio_preprocess": 1.5}
+BARS |= {"ratio_evaluate": 3.5}
+
+
+def test_committed_ratios_are_what_is_promised() -> None:
+    """Of two CPU cores, as `make bench` measured them."""
+    measured = json.loads((measuring.RESULTS / "cpu.json").read_text())
+    assert {name: bar for name, bar in BARS.items() if measured[name] < bar} == {}
+    assert measured["memory_ratio"] <= 0.6
+
+
 def gpu_result(method: str) -> dict[str, Any]:
     figures = {
         "tokens_per_second": 1.0,
