@@ -610,13 +610,7 @@ def _make_row(line: bytes, place: str, make_row: Callable[[dict[str, Any], str],
 
 
 def rows_of_records(source: str, split: str, records: Sequence[dict[str, Any]]) -> Rows:
-    """Rows made of dictionaries, in which a picture is `{"bytes": None, "path": …}`; those that hold a fault are bad.
-
-    Raises:
-        UserError: where there are none.
-    """
-    if not records:
-        raise UserError(f"{source}, split {split}, is empty")
+    """Rows of dictionaries, one or more, where a picture is `{"bytes": None, "path": …}`; a fault makes one bad."""
     faults = {number: record[FAULT] for number, record in enumerate(records) if FAULT in record}
     kept = [{name: value for name, value in record.items() if name != FAULT} for record in records]
     return Rows(source, split, datasets.Dataset.from_list(kept), (Path(source),), faults=faults)

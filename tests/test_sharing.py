@@ -10,6 +10,7 @@ import copy
 import importlib.metadata
 import itertools
 import os
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from common.phi3v.masks import (
     visibility,
 )
 from common.phi3v.stock import OLDEST_LIGER, enable_activation_checkpointing, find_fused_cross_entropy
+from tests.launch import REPOSITORY
 from tests.model_helpers import picture
 from tests.packed_helpers import (
     IMAGE_ID,
@@ -477,6 +479,13 @@ def test_old_liger_is_not_taken(version: str, is_new_enough: bool, monkeypatch: 
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
     monkeypatch.setattr(importlib.metadata, "version", {"liger_kernel": version}.__getitem__)
     assert (find_fused_cross_entropy.__wrapped__("cuda") is not None) == is_new_enough
+
+
+@pytest.mark.parametrize("name", ["requirements-liger.txt", "docs/speed.md"])
+def test_the_oldest_liger_is_told(name: str) -> None:
+    """By what is installed, and where the option is explained."""
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    assert re.findall(r"liger-kernel(?:>=| )([\d.]+)", text) == [OLDEST_LIGER]
 
 
 @pytest.mark.parametrize("situation", ["many labels", "few labels", "adapted head", "not installed"])
