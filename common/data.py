@@ -45,6 +45,9 @@ FAULT = "fault"  # of a bad line, beside the fields of a row
 SEEN_LATELY = 256  # pictures that need not be decoded again
 # of storage that fails or a limit that is reached: the same picture may be read well a minute later
 FAULTS_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# About so many items a process's loader has ready at most, however many are taken at once: of one page at 16 crops
+# each, 64 * 17 * 3 * 336 * 336 floats, 1.5 GB. Besides, there are those that were taken.
+MOST_READY = 64
 MAX_NAME = 255  # bytes in a part of a path, on every common file system
 
 # What PIL warns of, `open_header` refuses.
@@ -827,6 +830,14 @@ def check_length(place: str, tokens: int, limit: int) -> None:
 def loader_context(num_workers: int) -> str | None:
     """How loaders start their workers: forked, so that they share the rows and need not be sent them."""
     return "fork" if num_workers else None
+
+
+def prefetch_factor(ahead: int, num_workers: int) -> int | None:
+    """How many items each worker of a loader has begun or keeps ready, for all to have `ahead`, at most about
+    `MOST_READY`; None without workers."""
+    if num_workers == 0:
+        return None
+    return max(2, -(-min(ahead, MOST_READY) // num_workers))
 
 
 def gather_in_order(own: list[Any], world: int) -> list[Any]:

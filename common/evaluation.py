@@ -16,20 +16,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from .collation import Example, collate, encode_questions, prefix_length
-from .data import check_length, gather_in_order, loader_context, made, open_pixels, opening_images_by
+from .collation import Example, encode_questions
+from .data import check_length, gather_in_order, loader_context, made, open_pixels, opening_images_by, prefetch_factor
 from .errors import UserError, rank_and_world, say
 from .files import write_json
 from .layers import causal_lm_of
 from .loading import end_token_ids
 from .phi3v import Phi3VProcessor
 from .progress import progress_bar
+from .prompt_batches import LOOK_AHEAD, Group, Prefixes, batches_by_length, deal
 from .report import MOST_LABELS, save_pictures
 from .stopping import ToldToStopError, outlive_stop_signals
 from .together import on_first
 
 MAX_NEW_TOKENS = 64  # as published
-LOOK_AHEAD = 8  # batches whose prompts are sorted by length, so that few positions are padding
 
 
 class Generated(NamedTuple):
@@ -44,10 +44,6 @@ class Generated(NamedTuple):
     text: str
     probabilities: tuple[float, ...] = ()
     images: tuple[str, ...] = ()
-
-
-# Numbers and encoded prompts of examples about the same pictures; of one that cannot be made its `problem`.
-Group = list[tuple[int, dict[str, Any]]]
 
 
 class _Prompts(torch.utils.data.Dataset):
@@ -116,8 +112,8 @@ def generate_answers(
 
     Every process generates its share, in batches padded on the left; the answers are gathered, so
     that every process returns all of them, in order, each example's exactly once. What a picture and
-    the text before it are to the decoder is computed once for all its questions in a batch; that and
-    the padding change no answer but by rounding.
+    the text before it are to the decoder is computed once for all its questions, also where they fill
+    more than one batch; that and the padding change no answer but by rounding.
 
     Args:
         count: how many examples there are.
@@ -140,8 +136,11 @@ def generate_answers(
     """
     stopping = getattr(options, "stopping", None)  # where nothing trains a signal ends the process at once
     rank, world = rank_and_world()
-    groups = _deal(pictures or range(count), options.eval_batch_size_per_gpu)[rank::world]
-    num_workers = min(options.num_workers, max(1, len(groups) // options.eval_batch_size_per_gpu))
+    groups = deal(pictures or range(count), options.eval_batch_size_per_gpu, world)[rank]
+    own = sum(map(len, groups))
+    num_workers = min(options.num_workers, max(1, own // options.eval_batch_size_per_gpu))
+    # as many as have the prompts that are sorted together: they are read while those before them are answered
+    ahead = -(-LOOK_AHEAD * options.eval_batch_size_per_gpu * len(groups) // max(1, own))
     loader = torch.utils.data.DataLoader(
         _Prompts(
             make_example,
@@ -154,6 +153,7 @@ def generate_answers(
         num_workers=num_workers,
         multiprocessing_context=loader_context(num_workers),
         worker_init_fn=outlive_stop_signals,
+        prefetch_factor=prefetch_factor(ahead, num_workers),
         generator=torch.Generator(),  # else it draws from the one that dropout draws from
     )
     was_training = model.training
@@ -177,10 +177,12 @@ def generate_answers(
     # eagerly where training compiles (--torch_compile): a cache has another length at every token
     eager = torch.compiler.set_stance("force_eager")
     with eager, _autocast(options), progress_bar(title, count, "example", options.tqdm) as progress:
-        for batch in _batches(good_ones(loader), options.eval_batch_size_per_gpu):
+        prefixes = Prefixes(model, processor, max_new_tokens, options.device)
+        for batch in batches_by_length(good_ones(loader), options.eval_batch_size_per_gpu):
             if stopping is not None and stopping.signal is not None:
                 break
-            inputs, columns = _inputs(model, processor, batch, max_new_tokens, options.device)
+            inputs = prefixes.inputs(batch)
+            columns = inputs["input_ids"].shape[1]
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -195,7 +197,7 @@ def generate_answers(
             probabilities = [()] * len(texts)
             if candidates:  # (batch, vocabulary) -> (batch, candidates)
                 probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
-            asked = [one for group in batch for one in group]
+            asked = [one for part in batch for one in part.asked]
             for (number, encoded), text, each in zip(asked, texts, probabilities, strict=True):
                 answers.append((number, Generated(text, tuple(each), tuple(encoded["images"])), None))
             progress.update(min(world * len(texts), count - progress.n))
@@ -207,85 +209,6 @@ def generate_answers(
         if problem is not None:
             say(f"{title}: counts as wrong: {problem}")
     return [answer for _, answer, _ in gathered]
-
-
-def _deal(pictures: Sequence[int], most: int) -> list[list[int]]:
-    """Examples about the same pictures in groups of at most `most`, in the order of their first ones."""
-    of_picture: dict[int, list[int]] = {}
-    for number, picture in enumerate(pictures):
-        of_picture.setdefault(picture, []).append(number)
-    return [numbers[start : start + most] for numbers in of_picture.values() for start in range(0, len(numbers), most)]
-
-
-def _batches(groups: Iterable[Group], most: int) -> Iterator[list[Group]]:
-    """Groups of about the same length together, with at most `most` examples; sorted within a stretch of them."""
-    stretch: list[Group] = []
-    for group in groups:
-        stretch.append(group)
-        if sum(map(len, stretch)) >= LOOK_AHEAD * most:
-            yield from _sorted_batches(stretch, most)
-            stretch = []
-    yield from _sorted_batches(stretch, most)
-
-
-def _sorted_batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
-    batch: list[Group] = []
-    for group in sorted(groups, key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group)):
-        if sum(map(len, batch)) + len(group) > most:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
-
-
-def _inputs(
-    model: torch.nn.Module, processor: Phi3VProcessor, batch: list[Group], max_new_tokens: int, device: torch.device
-) -> tuple[dict[str, Any], int]:
-    """What `generate` takes for a batch, with the cache of what its groups share, and how many columns that has."""
-    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-
-    def padded(encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        both = collate(processor, encoded, padding_side="left")
-        return {name: both[name].to(device) for name in names if name in both}
-
-    prompts = [encoded for group in batch for _, encoded in group]
-    if len(prompts) == len(batch) or not all(
-        map(functools.partial(_can_share, model, processor, max_new_tokens), batch)
-    ):
-        inputs = padded(prompts)
-        return inputs, inputs["input_ids"].shape[1]
-    lengths = [prefix_length(group[0][1]["input_ids"], processor.image_token_id) for group in batch]
-    prefixes = [_cut(group[0][1], slice(length)) for group, length in zip(batch, lengths, strict=True)]
-    rests = [
-        _cut({name: encoded[name] for name in ("input_ids", "labels")}, slice(length, None))
-        for group, length in zip(batch, lengths, strict=True)
-        for _, encoded in group
-    ]
-    shared, own = padded(prefixes), padded(rests)
-    cache = causal_lm_of(model).model(**shared, use_cache=True).past_key_values
-    rows = torch.tensor([number for number, group in enumerate(batch) for _ in group], device=device)
-    cache.reorder_cache(rows)  # (groups, …) -> (examples, …)
-    # between a prefix and what follows it there may be padding, which the mask leaves out and no position counts
-    inputs = {name: torch.cat([shared[name][rows], own[name]], dim=1) for name in ("input_ids", "attention_mask")}
-    return {**inputs, "past_key_values": cache}, inputs["input_ids"].shape[1]
-
-
-def _can_share(model: torch.nn.Module, processor: Phi3VProcessor, max_new_tokens: int, group: Group) -> bool:
-    """Whether a group's prompts have pictures and begin alike, and the rope's factors change in none after its prefix.
-
-    Past that threshold the model rotates all of a row's positions by other factors, those of its pictures too.
-    """
-    first = group[0][1]["input_ids"]
-    length = prefix_length(first, processor.image_token_id)
-    longest = max(len(encoded["input_ids"]) for _, encoded in group) + max_new_tokens
-    begin_alike = all(torch.equal(encoded["input_ids"][:length], first[:length]) for _, encoded in group)
-    threshold = causal_lm_of(model).config.original_max_position_embeddings
-    return length > 0 and begin_alike and (length > threshold or longest <= threshold)
-
-
-def _cut(encoded: dict[str, Any], places: slice) -> dict[str, Any]:
-    return {name: value[places] if name in ("input_ids", "labels") else value for name, value in encoded.items()}
 
 
 def _autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -50,7 +50,7 @@ from .checkpoints import (
 )
 from .cli import BAD_EXAMPLES, LOCK, RUN_RECORD, deepspeed_file, files_of_run
 from .collation import collate, pack, share_pictures
-from .data import ExampleDataset, ExampleKey, loader_context
+from .data import ExampleDataset, ExampleKey, loader_context, prefetch_factor
 from .errors import (
     NotWrittenError,
     UserError,
@@ -74,9 +74,6 @@ from .together import on_first
 from .watching import WatchedTrainer
 
 SHARED_MARK = ".seen_by_every_process"
-# About so many micro-batches a process's loader has ready at most, however many make a step: of one page at 16 crops
-# each, 64 * 17 * 3 * 336 * 336 floats, 1.5 GB. Besides, the Trainer holds those of the step that it takes.
-MOST_READY = 64
 
 
 def start(options: argparse.Namespace, train_data: Any, eval_data: Any) -> TrainingArguments:
@@ -336,17 +333,6 @@ class GlobalBatchSampler:
                 yield keys[first : first + self.at_once]
 
 
-def prefetch_factor(micro_steps: int, num_workers: int) -> int | None:
-    """How many micro-batches each worker of the training's loader has begun or keeps ready; None without workers.
-
-    The Trainer takes all micro-batches of a step before it computes the first, so with fewer than those ready every
-    step would begin with a wait for the rest, while nothing is computed.
-    """
-    if num_workers == 0:
-        return None
-    return max(2, -(-min(micro_steps, MOST_READY) // num_workers))
-
-
 class _EpochLoader(torch.utils.data.DataLoader):
     """A loader that tells its batch sampler which epoch it is."""
 
@@ -447,6 +433,8 @@ class RecipeTrainer(WatchedTrainer):
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=loader_context(self.args.dataloader_num_workers),
             worker_init_fn=outlive_stop_signals,
+            # The Trainer takes all micro-batches of a step before it computes the first, so with fewer than those ready
+            # every step would begin with a wait for the rest, while nothing is computed.
             prefetch_factor=prefetch_factor(self.args.gradient_accumulation_steps, self.args.dataloader_num_workers),
             pin_memory=torch.cuda.is_available(),
         )

@@ -127,10 +127,13 @@ def crops_of(folder, pages):
     return sum(len(processor.image_processor([page_picture(page)])["pixel_values"]) for page in pages)
 
 
-@pytest.mark.parametrize(("batch_size", "groups"), [(8, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (2, [0, 0, 1, 2, 3])])
+@pytest.mark.parametrize("batch_size", [8, 3, 2, 1])
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_a_page_is_computed_once_for_its_questions(folder, batch_size, groups, with_lora):
-    """The same tokens as one by one, and the first token's probabilities to 1e-4 relative (float32)."""
+def test_a_page_is_computed_once_for_its_questions(folder, batch_size, with_lora):
+    """Also where they fill more than a batch, or begin in the middle of one.
+
+    The same tokens as one by one, and the first token's probabilities to 1e-4 relative (float32).
+    """
     model = tiny_model()
     if with_lora:
         torch.manual_seed(0)
@@ -140,7 +143,7 @@ def test_a_page_is_computed_once_for_its_questions(folder, batch_size, groups, w
     assert crops == crops_of(folder, PAGES)
     assert len({one.text for one in alone}) > 2
     shared, crops = ask_pages(folder, batch_size, PAGES, model=model)
-    assert crops == crops_of(folder, groups)
+    assert crops == crops_of(folder, [0, 1, 2, 3])
     assert [one.text for one in shared] == [one.text for one in alone]
     for one, other in zip(shared, alone, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
@@ -179,15 +182,20 @@ def test_a_page_after_other_texts_is_not_shared(folder):
     assert crops_shared == crops
 
 
-def test_pages_whose_rope_factors_change_are_not_shared(folder):
+@pytest.mark.parametrize("batch_size", [8, 2])
+def test_pages_whose_rope_factors_change_are_not_shared(folder, batch_size):
     """A question that grows past the threshold, beside one about the same page that does not."""
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
     lengths = [len(encode_example(processor, ask_page(index), with_answer=False)["input_ids"]) for index in (0, 5)]
     assert lengths[1] - lengths[0] > 8
     model = tiny_model(original_max_position_embeddings=lengths[1] + 2)
     alone, _ = ask_pages(folder, 1, model=model)
-    shared, _ = ask_pages(folder, 8, PAGES, model=model)
+    shared, crops = ask_pages(folder, batch_size, PAGES, model=model)
     assert [one.text for one in shared] == [one.text for one in alone]
+    # A batch in which an answer grows past the threshold is begun again there. In batches of two, sorted by length,
+    # pages 1 and 2 come first, once each, then two of page 0's, then its longest question beside page 3's.
+    of_two = crops_of(folder, [1, 2, 0, 0]) + 2 * crops_of(folder, [0, 3])
+    assert crops == {8: 2 * crops_of(folder, PAGES), 2: of_two}[batch_size]
 
 
 @pytest.mark.parametrize("pages_past_it", [[0, 1, 2, 3], [0, 3]])

@@ -13,9 +13,10 @@ import torch
 from accelerate.data_loader import skip_first_batches
 from transformers import TrainerCallback
 
+from common.data import MOST_READY, prefetch_factor
 from common.packing import PackedBatchSampler, Questions
 from common.stopping import Stopping
-from common.training import MOST_READY, GlobalBatchSampler, RecipeTrainer, _WhileTraining, prefetch_factor
+from common.training import GlobalBatchSampler, RecipeTrainer, _WhileTraining
 from tests.launch import read_log
 from tests.resumable import AT_ONCE, BATCH, SIZE, small_arguments, write_weights
 

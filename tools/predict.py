@@ -46,7 +46,7 @@ from common.conversations import (
 )
 from common.data import decode_image
 from common.errors import UserError, first_of, raise_all, run
-from common.evaluation import LOOK_AHEAD, MAX_NEW_TOKENS, generate_answers
+from common.evaluation import MAX_NEW_TOKENS, generate_answers
 from common.files import read_json
 from common.loading import (
     check_checkpoint,
@@ -58,6 +58,7 @@ from common.loading import (
 )
 from common.phi3v import Phi3VProcessor
 from common.phi3v.stock import find_file
+from common.prompt_batches import LOOK_AHEAD
 
 RESULTS = ("answer", "error")  # of a line of the output
 UNASKED = "-"  # in place of a last turn's answer, which is never shown to the model
