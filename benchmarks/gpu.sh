@@ -7,8 +7,9 @@
 #
 # PYTHON, SECONDS_IN_ALL (570), METHODS ("full qlora lora frozen", or some of them; what is compiled is compared where
 # time is left, so with fewer), COMMIT (the code's, where this is no git checkout), and for a trial without a GPU:
-# OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, KERNELS (compiled), those of
-# the fastest variants, which a CPU compiles for minutes, and PATIENCE (1), how many times its time a measurement has.
+# OPTIONS, added to every measurement of a step, CORRECTNESS, to the comparison of gradients, OPTIMIZERS, to that of the
+# kinds of AdamW, KERNELS (compiled), those of the fastest variants, which a CPU compiles for minutes, and PATIENCE (1),
+# how many times its time a measurement has.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/results}
@@ -92,6 +93,10 @@ step frozen 70 reference single:$fast shared:$fast single:recompute=full
 run "correctness of what is compiled" 400 "$python" -m benchmarks.agree --only compiled flex \
   --output "$folder/gpu_${name}_agree_compiled.json" ${CORRECTNESS:-}
 run "preprocessing" 60 "$python" -m benchmarks.preprocess --rounds 20 --output "$folder/gpu_${name}_preprocess.json"
+
+# shellcheck disable=SC2086
+run "kinds of AdamW" 60 "$python" -m benchmarks.optimizers --method full --rounds 3 ${OPTIMIZERS:-} \
+  --output "$folder/gpu_${name}_optimizers.json"
 
 echo
 echo "done after $SECONDS s; left out: ${#left_out[@]}"

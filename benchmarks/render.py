@@ -56,10 +56,13 @@ def variants_table(result: dict[str, Any]) -> str:
     where = "peak memory" if on_gpu else "peak memory above weights, gradients and optimizer state"
     names = ["variant", "questions/s", f"times as fast as `{result['first']}`", "tokens/s", "tokens per question"]
     names += ["of the matrix ceiling", where, "waiting for data"]
+    # results of before it was noted have none
+    tells_start_up = on_gpu and any("first_turn_seconds" in figures for figures in result["variants"].values())
+    names += ["start-up, s"] if tells_start_up else []
     rows = []
     for name, figures in result["variants"].items():
         if "left_out" in figures:
-            rows.append([f"`{name}`", "left out: " + figures["left_out"].split(". ")[0][:80], *[""] * 6])
+            rows.append([f"`{name}`", "left out: " + figures["left_out"].split(". ")[0][:80], *[""] * (len(names) - 2)])
             continue
         ratio = result["times_as_fast_as_the_first"].get(name)
         memory = f"{figures[peak]:.2f} GB" if peak in figures else NOT_MEASURED
@@ -75,6 +78,8 @@ def variants_table(result: dict[str, Any]) -> str:
                 f"{figures['share_waiting_for_data']:.1%}",
             ]
         )
+        if tells_start_up:  # the first turn is the next one and what comes before a step can begin
+            rows[-1].append(f"{max(0.0, figures['first_turn_seconds'] - figures['turn_seconds'][0]):.0f}")
     about = f"{METHOD_NAMES[result['method']]}, `num_crops={result['num_crops']}`, {result['dtype']}, "
     about += f"{result['parameters']['trained'] / 1e6:.0f} M weights train; a matrix product reaches "
     about += f"{result['matrix_tflops']:.2f} TFLOP/s."
@@ -155,6 +160,7 @@ def on_a_gpu(folder: Path) -> str:
     )
     for one in steps:
         text += f"\n{machine_line(one)}\n{variants_table(one)}"
+    text += "".join(f"\n{kinds_of_adamw(one)}" for one in measured if "kinds" in one)
     compared = [one for one in measured if "rows" in one]
     return text + "".join(f"\n{agreement(one)}" for one in compared) + (not_compared(compared) if compared else "")
 
@@ -192,6 +198,18 @@ def none_in_memory(result: dict[str, Any]) -> str:
     """The cell where no variant that ran fits into the published memory: the leanest did not, or has not been tried."""
     left_out = result["variants"].get(LEANEST, {"left_out": "not begun"}).get("left_out")
     return "none fits" if left_out is None or is_out_of_memory(RuntimeError(left_out)) else NOT_MEASURED
+
+
+def kinds_of_adamw(result: dict[str, Any]) -> str:
+    """What `benchmarks/optimizers.py` found."""
+    rows = [
+        [f"`{kind}`", in_words(one["step_milliseconds"]), f"{one['state_gb']:.2f} GB"]
+        for kind, one in result["kinds"].items()
+    ]
+    rows += [[f"`{kind}`", f"left out: {reason}", ""] for kind, reason in result["left_out"].items()]
+    text = f"AdamW's step by `--optim`, {METHOD_NAMES[result['method']]}, {result['weights'] / 1e6:.0f} M weights in "
+    text += f"float32. {machine_line(result)}\n"
+    return text + markdown(["`--optim`", "ms", "the optimizer's state"], rows)
 
 
 def agreement(result: dict[str, Any]) -> str:
@@ -253,6 +271,13 @@ def converter(folder: Path) -> str:
     return f"{text}{machine_line(result)}\n{kinds}\n{markdown(names, rows)}"
 
 
+def optimizers(folder: Path) -> str:
+    """AdamW's kinds on a CPU."""
+    result = read(folder, "optimizers.json")
+    told = f"`python -m benchmarks.optimizers`: {NOT_MEASURED}.\n" if result is None else kinds_of_adamw(result)
+    return f"## Kinds of AdamW on a CPU\n\n{told}"
+
+
 # --- docs/reliability.md
 
 
@@ -293,7 +318,7 @@ def render(folder: Path) -> str:
         "# Results\n\nMade by `python -m benchmarks.render` from `benchmarks/results/`; nothing here is written by "
         "hand. `benchmarks/throughput.py` says what the variants are.\n"
     )
-    return "\n".join([text, *(section(folder) for section in (on_a_cpu, on_a_gpu, scaling, converter))])
+    return "\n".join([text, *(section(folder) for section in (on_a_cpu, optimizers, on_a_gpu, scaling, converter))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -363,9 +363,9 @@ def compare(
 ) -> dict[str, Any]:
     """Turns in the order A B A B; a variant that runs out of memory or is not to be had is left out, and why is told.
 
-    Every variant's first turn, which compiles what there is to compile, is followed by its turn of the first round.
-    With `--seconds` no other round is begun that would not end in time, and no variant's first turn after
-    `--seconds_of_first_turns`.
+    Every variant's first turn, which compiles what there is to compile, is followed by its turn of the first round (on
+    a GPU on the same pages: what the first one took longer is its start-up). With `--seconds` no other round is begun
+    that would not end in time, and no variant's first turn after `--seconds_of_first_turns`.
 
     Args:
         about: what the result says besides.
@@ -422,11 +422,14 @@ def compare(
             if running and time.perf_counter() - began > options.seconds_of_first_turns:
                 raise RuntimeError("no time left")
             memory.start()
+            with stopwatch(runner.device) as seconds:
+                if on_gpu:
+                    runner.turn(variant, rounds[0], options.questions_per_page)
+                else:
+                    runner.turn(variant, pages[:1])
+            figures[variant.name] = {"first_turn_seconds": figure(seconds[0])}
             if on_gpu:
-                runner.turn(variant, rounds[0], options.questions_per_page)
-            else:
-                runner.turn(variant, pages[:1])
-            figures[variant.name] = {"peak_gb": gigabytes(memory.total())} if on_gpu else {}
+                figures[variant.name]["peak_gb"] = gigabytes(memory.total())
             if not on_gpu:
                 figures[variant.name] |= compare_gradients(runner, variant, wanted)
             running[variant] = []

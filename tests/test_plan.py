@@ -407,6 +407,35 @@ def test_no_setting_that_should_be_faster_fits(method, memory_size, capsys):
         assert shown.startswith(f"fastest that fits {memory_size} GB: {plan.in_words(min(fitting, key=slowness))}\n")
 
 
+def proposed(shown, begins):
+    """The line that so begins: GB that are needed, and a script's options."""
+    line = next(line for line in shown.splitlines() if line.startswith(begins))
+    told, _, words = line.removeprefix(begins).partition(" GB: ")
+    return float(told), with_scripts_parser(words)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_compiled_and_what_is_packed_is_proposed_too(method, capsys):
+    """Each is the most that fits: compiled in the same order; packed with one example more nothing would fit."""
+    memory_size = {"full": 100, "frozen": 70, "lora": 70, "qlora": 60}[method]
+    words = ("--gpus", "4", "--batch_size", "60", "--bf16", "--method", method)
+    _, shown = run_plan(capsys, "--gpu_memory", str(memory_size), *words)
+    size, compiled = proposed(shown, "compiled, where layers keep less, the fastest needs ")
+    assert compiled.torch_compile
+    _, told = run_plan(capsys, "--gpu_memory", str(memory_size), *words, "--torch_compile")
+    assert shown.count(told.splitlines()[0].partition(": ")[2]) == 1
+    assert "compiled, where layers keep less" not in told
+    size, packed = proposed(shown, "without padding as many at once as fit need ")
+    assert size <= memory_size
+    assert packed.max_tokens_per_gpu % 2443 == 0
+    setting = Setting(method=method, gpus=4, batch_size=60, gradient_checkpointing=packed.gradient_checkpointing)
+    setting = dataclasses.replace(setting, optim=packed.optim, max_tokens_per_gpu=packed.max_tokens_per_gpu)
+    config = plan.load_config("official")
+    assert needed(estimate(config, setting)) / 1e9 == pytest.approx(size, abs=0.06)
+    more = dataclasses.replace(setting, max_tokens_per_gpu=packed.max_tokens_per_gpu + 2443)
+    assert packed.max_tokens_per_gpu == 15 * 2443 or needed(estimate(config, more)) > memory_size * 1e9
+
+
 def test_what_is_given_is_kept_and_what_helps_is_told_where_nothing_fits(capsys):
     words = ("--gpu_memory", "20", "--bf16", "--gradient_checkpointing", "none", "--optim", "adamw_torch_fused")
     code, shown = run_plan(capsys, *words, "--batch_size_per_gpu", "1", "--deepspeed", "ds_configs/zero2.json")

@@ -14,8 +14,11 @@ and --images, which describe an example. What is given of --gradient_checkpointi
 3. AdamW's state in 32 bits before 8, which changes the results a little; where 8 are proposed, 32 are shown too.
 4. More examples at once before fewer: fewer passes, and under ZeRO-2 fewer reductions of the gradients.
 
-The order follows from the work, not from a measurement. Sizes are GB of 1e9 bytes; see common/memory.py for what they
-are made of. With --max_tokens_per_gpu rows are packed, with as many examples as have so many tokens, and nothing is
+The order follows from the work, not from a measurement. Beside it stands what is fastest with --torch_compile, and how
+many tokens packed rows (--max_tokens_per_gpu) may have in its place: which of these is faster depends on the GPU and on
+how different examples are in length. Sizes are GB of 1e9 bytes; see common/memory.py for what they are made of.
+
+With --max_tokens_per_gpu rows are packed, with as many examples as have so many tokens, and nothing is
 searched in place of --batch_size_per_gpu. With --share_images an example is a picture with all its questions.
 """
 
@@ -148,7 +151,31 @@ def propose(config: Phi3VConfig, fixed: Setting, options: argparse.Namespace) ->
     if exact and exact[0] != fitting[0]:
         size, setting = exact[0]
         print(f"with AdamW's state in 32 bits the fastest needs {size / 1e9:.1f} GB: {in_words(setting)}")
+    if not fixed.torch_compile:  # what fits uncompiled fits compiled
+        every = candidates(dataclasses.replace(fixed, torch_compile=True), options)
+        size, setting = next(one for one in ((needed(estimate(config, one)), one) for one in every) if one[0] <= room)
+        print(f"compiled, where layers keep less, the fastest needs {size / 1e9:.1f} GB: {in_words(setting)}")
+    most = packed_in(config, chosen, room)
+    if most is not None:
+        size = needed(estimate(config, most))
+        print(f"without padding as many at once as fit need {size / 1e9:.1f} GB: {in_words(most)}")
     return 0
+
+
+def packed_in(config: Phi3VConfig, setting: Setting, room: float) -> Setting | None:
+    """The same with rows packed of as many examples as fit, of those that a process has of a step; None if that is one.
+
+    Args:
+        room: bytes.
+    """
+    if setting.packs:
+        return None
+    for examples in range(min(setting.batch_size // setting.gpus, MOST_AT_ONCE), 1, -1):
+        tokens = examples * setting.tokens
+        packed = dataclasses.replace(setting, batch_size_per_gpu=1, max_tokens_per_gpu=tokens)
+        if needed(estimate(config, packed)) <= room:
+            return packed
+    return None
 
 
 def tell_shortage(config: Phi3VConfig, size: float, setting: Setting, room: float) -> int:
