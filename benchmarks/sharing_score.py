@@ -6,8 +6,10 @@
 On the demo's data: forms of three to six fields with a question about each, and pairs of pictures with one or two
 statements. Once every question is an example of its own, shuffled over the epoch, and once those of a page (a pair)
 stand behind one copy of it (`--share_images`). Data, questions per step, learning rate and seeds are the same, and so
-are the held-out rows that are evaluated. Writes the task's part of `benchmarks/results/sharing_score.json` and prints
-its table.
+are the held-out rows that are evaluated. A step then has fewer pictures: pairs are also trained with half again as many
+statements per step (`--batch_size 24` for 16), of about as many pairs as the statements apart have, for as many steps.
+Writes the task's part of `benchmarks/results/sharing_score.json` and prints its table; with `--ways` of some, whose
+others are kept.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from common.demo import CHECKPOINT, QUESTIONS, as_cell, digit_scans, random_docu
 from common.report import read_log
 
 REPOSITORY = Path(__file__).parent.parent
-APART, TOGETHER = "each by itself", "a picture's together"
+APART, TOGETHER, WIDER = "each by itself", "a picture's together", "a picture's together, as many pictures a step"
 # as `make demo` has them
 OPTIONS = "--num_crops 1 --batch_size 16 --warmup_steps 10 --eval_batch_size_per_gpu 16"
 OPTIONS += " --num_workers 1 --no-gradient_checkpointing --num_train_epochs 1 --no-report_images"
 # At once on a process, which is no part of what is compared: questions, and pictures (a dense mask on a CPU).
-AT_ONCE = {APART: 8, TOGETHER: 1}
+AT_ONCE = {APART: 8, TOGETHER: 1, WIDER: 1}
 
 
 class Task(NamedTuple):
@@ -82,7 +84,11 @@ TASKS = {
     "nlvr2": Task(
         "accuracy",
         "statements",
-        {APART: "--separate_questions", TOGETHER: "--share_images"},
+        {
+            APART: "--separate_questions",
+            TOGETHER: "--share_images",
+            WIDER: "--share_images --batch_size 24",
+        },
         "--learning_rate 2e-3 --freeze_vision_model",
         write_nlvr2,
         2000,
@@ -90,13 +96,15 @@ TASKS = {
 }
 
 
-def train(name: str, data: Path, output: Path, way: str, seed: int, eval_limit: int) -> dict[str, Any]:
-    """One run's score, steps and mean loss of its last steps."""
+def train(
+    name: str, data: Path, output: Path, way: str, seed: int, eval_limit: int, steps: int | None = None
+) -> dict[str, Any]:
+    """One run's score, steps (all of an epoch, or so many) and mean loss of its last steps."""
     task = TASKS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [f"finetune_hf_trainer_{name}.py", *OPTIONS.split(), *task.training.split(), *task.options[way].split()]
     command += ["--batch_size_per_gpu", str(AT_ONCE[way]), "--eval_limit", str(eval_limit)]
-    command += ["--seed", str(seed), "--overwrite"]
+    command += ["--seed", str(seed), "--overwrite", *(["--max_steps", str(steps)] if steps else [])]
     command += ["--model_name_or_path", str(CHECKPOINT), "--data_dir", str(data), "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
@@ -115,7 +123,10 @@ def train(name: str, data: Path, output: Path, way: str, seed: int, eval_limit: 
 def table(name: str, measured: dict[str, Any]) -> str:
     """A task's rows, one for each way."""
     task, rows = TASKS[name], []
-    for way, runs in measured[name]["ways"].items():
+    for way in task.options:
+        runs = measured[name]["ways"].get(way, [])
+        if not runs:
+            continue
         scores = [run[task.metric] for run in runs]
         of_each = ", ".join(f"{score:.3f}" for score in scores)
         option = f"`{task.options[way]}`" if task.options[way] else "(none)"
@@ -128,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="The score with and without sharing.", allow_abbrev=False)
     parser.add_argument("--task", choices=list(TASKS), required=True)
+    parser.add_argument("--ways", nargs="+", choices=(APART, TOGETHER, WIDER), help="(all that the task has)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
     parser.add_argument("--train_pages", type=int, help="pictures to train on (the task's)")
     parser.add_argument("--eval_limit", type=int, default=500, help="rows to evaluate (%(default)s)")
@@ -135,14 +147,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     task = TASKS[options.task]
     pages = options.train_pages or task.train_pages
-    ways: dict[str, list[dict[str, Any]]] = {way: [] for way in task.options}
     about = {**header(torch.device("cpu")), "train_pages": pages}
     others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    asked = [way for way in task.options if way in (options.ways or task.options)]
+    ways: dict[str, list[dict[str, Any]]] = {way: [] for way in task.options}
+    if asked != list(task.options) and options.task in others:
+        ways |= {way: runs for way, runs in others[options.task]["ways"].items() if way not in asked}
     with TemporaryDirectory() as folder:
         data = task.write(Path(folder) / "data", pages)
         for seed in range(options.seeds):
-            for way, runs in ways.items():
-                runs.append(train(options.task, data, Path(folder) / "output", way, seed, options.eval_limit))
+            for way in asked:
+                runs = ways[way]
+                steps = ways[APART][seed]["steps"] if way == WIDER else None
+                runs.append(train(options.task, data, Path(folder) / "output", way, seed, options.eval_limit, steps))
                 print(f"{way}: {runs[-1]}", flush=True)
             # what is interrupted later keeps these
             write_json(options.output, dict(sorted({**others, options.task: {**about, "ways": ways}}.items())))

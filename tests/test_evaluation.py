@@ -99,14 +99,14 @@ def test_sharding_changes_nothing(folder, one_by_one):
     assert json.loads((folder / "eval.json").read_text())["rank"] == 0
 
 
-def ask_pages(folder, batch_size, pictures=None, ask=ask_page, model=None, candidates=("Yes", "No")):
+def ask_pages(folder, batch_size, pictures=None, ask=ask_page, model=None, candidates=("Yes", "No"), workers=0):
     """Answers to questions about pages, and how many crops the tower has seen for them."""
     model = model or tiny_model().eval()
     processor = Phi3VProcessor.from_pretrained(folder, num_crops=4)
     precision = Precision("fp32", torch.float32, None)
     options = argparse.Namespace(
         eval_batch_size_per_gpu=batch_size,
-        num_workers=0,
+        num_workers=workers,
         precision=precision,
         device="cpu",
         tqdm=False,
@@ -230,6 +230,21 @@ def test_training_goes_on_as_before(folder, workers):
     assert len(generate_answers(model, processor, 1, make_example, options, max_new_tokens=2)) == 1
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("batch_size", "pictures", "ready"), [(1, None, 8), (2, None, 16), (2, PAGES, 8)])
+def test_prompts_are_read_while_others_are_answered(folder, monkeypatch, batch_size, pictures, ready):
+    """As many groups as the next eight batches have, of one question each or, of these pages, of two in the mean."""
+    asked = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *arguments, **given):
+            asked.append(given["prefetch_factor"] * given["num_workers"])
+            super().__init__(*arguments, **given)
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", Loader)
+    ask_pages(folder, batch_size, pictures, workers=1)
+    assert asked == [ready]
 
 
 def test_told_to_stop_it_begins_no_other_batch(folder, monkeypatch):

@@ -11,12 +11,13 @@ import time
 import pytest
 import torch
 from accelerate.data_loader import skip_first_batches
+from torch.distributed import distributed_c10d
 from transformers import TrainerCallback
 
 from common.data import MOST_READY, prefetch_factor
 from common.packing import PackedBatchSampler, Questions
 from common.stopping import Stopping
-from common.training import GlobalBatchSampler, RecipeTrainer, _WhileTraining
+from common.training import GlobalBatchSampler, RecipeTrainer, _WhileTraining, start
 from tests.launch import read_log
 from tests.resumable import AT_ONCE, BATCH, SIZE, small_arguments, write_weights
 
@@ -137,6 +138,37 @@ def test_the_next_step_is_begun_while_one_is_computed(tmp_path, packs):
     batches.asked = 0
     iter(skip_first_batches(loader, 2 * micro_steps))
     assert batches.asked == 3 * micro_steps
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batches_for_a_gpu_lie_in_pinned_memory(tmp_path, monkeypatch, on_gpu):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    assert trainer.get_train_dataloader().pin_memory == on_gpu
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
+def test_float32_may_be_tf32_on_a_gpu(monkeypatch, device, precision):
+    """Set before the processes find each other, which is as far as this gets without a GPU."""
+
+    class FoundEachOtherError(Exception):
+        pass
+
+    def begin_group(backend, limit):
+        raise FoundEachOtherError(backend, limit)
+
+    monkeypatch.setattr("common.training.begin_group", begin_group)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # for it to be set back
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    for name in ("WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    options = argparse.Namespace(method="lora", eval_only=False, timeout_minutes=1, device=device)
+    try:
+        with pytest.raises(FoundEachOtherError):
+            start(options, None, None)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_memory_of_evaluations_is_not_trainings(tmp_path, monkeypatch):
