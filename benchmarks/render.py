@@ -57,7 +57,7 @@ def variants_table(result: dict[str, Any]) -> str:
     names = ["variant", "questions/s", f"times as fast as `{result['first']}`", "tokens/s", "tokens per question"]
     names += ["of the matrix ceiling", where, "waiting for data"]
     # results of before it was noted have none
-    tells_start_up = on_gpu and any("first_turn_seconds" in figures for figures in result["variants"].values())
+    tells_start_up = on_gpu and any("start_up_seconds" in figures for figures in result["variants"].values())
     names += ["start-up, s"] if tells_start_up else []
     rows = []
     for name, figures in result["variants"].items():
@@ -78,8 +78,8 @@ def variants_table(result: dict[str, Any]) -> str:
                 f"{figures['share_waiting_for_data']:.1%}",
             ]
         )
-        if tells_start_up:  # the first turn is the next one and what comes before a step can begin
-            rows[-1].append(f"{max(0.0, figures['first_turn_seconds'] - figures['turn_seconds'][0]):.0f}")
+        if tells_start_up:
+            rows[-1].append(f"{figures['start_up_seconds']:.0f}")
     about = f"{METHOD_NAMES[result['method']]}, `num_crops={result['num_crops']}`, {result['dtype']}, "
     about += f"{result['parameters']['trained'] / 1e6:.0f} M weights train; a matrix product reaches "
     about += f"{result['matrix_tflops']:.2f} TFLOP/s."
@@ -134,7 +134,7 @@ def on_a_gpu(folder: Path) -> str:
     speed = json.loads(PUBLISHED.read_text())["speed"]
     published = [row for row in speed["machines"][0]["rows"] if row["nodes"] == 1 and row["flash_attention"]]
     measured = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_*.json"))]
-    steps = [one for one in measured if "method" in one and one["size"] == "published" and "gpu" in one["machine"]]
+    steps = [one for one in measured if "variants" in one and one["size"] == "published" and "gpu" in one["machine"]]
     text = "## On one GPU, beside the published rows\n\n"
     text += (
         f"Published: {speed['machines'][0]['title']}, flash attention, one question a page, DocVQA, mean sequence "

@@ -77,6 +77,7 @@ class _Prompts(torch.utils.data.Dataset):
             group = list(zip(numbers, encode_questions(self.processor, examples, with_answer=False), strict=True))
             for example, (_, encoded) in zip(examples, group, strict=True):
                 check_length(example.id, len(encoded["input_ids"]), self.max_tokens)
+                del encoded["labels"]  # a tensor that travels for nothing
                 encoded["images"] = self._keep([image for turn in example.turns for image in turn.images])
         except UserError as error:
             if len(numbers) > 1:  # each by itself, for some may be good
@@ -113,7 +114,8 @@ def generate_answers(
     Every process generates its share, in batches padded on the left; the answers are gathered, so
     that every process returns all of them, in order, each example's exactly once. What a picture and
     the text before it are to the decoder is computed once for all its questions, also where they fill
-    more than one batch; that and the padding change no answer but by rounding.
+    more than one batch, but for every eight batches (and of a picture's questions one of which grows past the
+    length where the rope's factors change); that and the padding change no answer but by rounding.
 
     Args:
         count: how many examples there are.
@@ -138,7 +140,7 @@ def generate_answers(
     rank, world = rank_and_world()
     groups = deal(pictures or range(count), options.eval_batch_size_per_gpu, world)[rank]
     own = sum(map(len, groups))
-    num_workers = min(options.num_workers, max(1, own // options.eval_batch_size_per_gpu))
+    num_workers = min(options.num_workers, max(1, min(len(groups), own // options.eval_batch_size_per_gpu)))
     # as many as have the prompts that are sorted together: they are read while those before them are answered
     ahead = -(-LOOK_AHEAD * options.eval_batch_size_per_gpu * len(groups) // max(1, own))
     loader = torch.utils.data.DataLoader(
@@ -178,7 +180,7 @@ def generate_answers(
     eager = torch.compiler.set_stance("force_eager")
     with eager, _autocast(options), progress_bar(title, count, "example", options.tqdm) as progress:
         prefixes = Prefixes(model, processor, max_new_tokens, options.device)
-        for batch in batches_by_length(good_ones(loader), options.eval_batch_size_per_gpu):
+        for batch in batches_by_length(good_ones(loader), options.eval_batch_size_per_gpu, prefixes.can_share):
             if stopping is not None and stopping.signal is not None:
                 break
             inputs = prefixes.inputs(batch)
@@ -197,6 +199,7 @@ def generate_answers(
             probabilities = [()] * len(texts)
             if candidates:  # (batch, vocabulary) -> (batch, candidates)
                 probabilities = output.logits[0].float().softmax(-1)[:, first_tokens].tolist()
+            del inputs, output  # their cache, before the next batch has its own
             asked = [one for part in batch for one in part.asked]
             for (number, encoded), text, each in zip(asked, texts, probabilities, strict=True):
                 answers.append((number, Generated(text, tuple(each), tuple(encoded["images"])), None))

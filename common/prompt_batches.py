@@ -9,7 +9,7 @@ Notation used for tensor shapes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from .layers import causal_lm_of
 from .phi3v import Phi3VProcessor
 
 LOOK_AHEAD = 8  # batches whose prompts are sorted by length, so that few positions are padding
+# Questions that take about as long to answer as a picture takes to become a prefix, for dealing: assumed.
+PREFIX_WORK = 4
 
 # Numbers and encoded prompts of examples about the same pictures; of one that cannot be made its `problem`.
 Group = list[tuple[int, dict[str, Any]]]
@@ -47,8 +49,9 @@ class Part(NamedTuple):
 def deal(pictures: Sequence[int], most: int, world: int) -> list[list[list[int]]]:
     """Group examples about the same pictures, and deal the groups to the processes.
 
-    The largest are dealt first, each to the process that has the fewest examples until then. One that is larger than
-    an equal share, and than a batch, is divided.
+    The greatest are dealt first, each to the process that has the least to do until then. One that is larger than an
+    equal share, and than a batch, is divided; so is one of more than a stretch of batches, which a worker of the loader
+    would be long about.
 
     Args:
         pictures: for every example the number of its pictures.
@@ -61,35 +64,48 @@ def deal(pictures: Sequence[int], most: int, world: int) -> list[list[list[int]]
     of_picture: dict[int, list[int]] = {}
     for number, picture in enumerate(pictures):
         of_picture.setdefault(picture, []).append(number)
-    size = max(most, -(-len(pictures) // world))
+    size = max(most, min(-(-len(pictures) // world), LOOK_AHEAD * most))
     groups = [
         numbers[start : start + size] for numbers in of_picture.values() for start in range(0, len(numbers), size)
     ]
     dealt: list[list[list[int]]] = [[] for _ in range(world)]
-    examples = [0] * world
+    work = [0] * world
     for group in sorted(groups, key=len, reverse=True):
-        emptiest = examples.index(min(examples))
-        dealt[emptiest].append(group)
-        examples[emptiest] += len(group)
+        idlest = work.index(min(work))
+        dealt[idlest].append(group)
+        work[idlest] += PREFIX_WORK + len(group)
     return [sorted(own) for own in dealt]
 
 
-def batches_by_length(groups: Iterable[Group], most: int) -> Iterator[list[Part]]:
-    """Prompts of about the same length together, `most` at once: sorted, group by group, within a stretch of them."""
+def batches_by_length(groups: Iterable[Group], most: int, can_share: Callable[[Group], bool]) -> Iterator[list[Part]]:
+    """Prompts of about the same length together, `most` at once: sorted, group by group, within a stretch of them.
+
+    Args:
+        can_share: of a group, whether its prompts can share what they begin with. Where any do, those that cannot are
+            in batches of their own, for such a batch shares nothing.
+    """
     stretch: list[Group] = []
     for group in groups:
         stretch.append(group)
         if sum(map(len, stretch)) >= LOOK_AHEAD * most:
-            yield from _sorted_batches(stretch, most)
+            yield from _sorted_batches(stretch, most, can_share)
             stretch = []
-    yield from _sorted_batches(stretch, most)
+    yield from _sorted_batches(stretch, most, can_share)
 
 
-def _sorted_batches(groups: Sequence[Group], most: int) -> Iterator[list[Part]]:
+def _sorted_batches(groups: Sequence[Group], most: int, can_share: Callable[[Group], bool]) -> Iterator[list[Part]]:
+    sharing = [can_share(group) for group in groups]
+    any_shares = any(can and len(group) > 1 for can, group in zip(sharing, groups, strict=True))
+    longest = [max(len(encoded["input_ids"]) for _, encoded in group) for group in groups]
+    keys = [(any_shares and not can, length) for can, length in zip(sharing, longest, strict=True)]
     batch: list[Part] = []
-    room = most
-    for group in sorted(groups, key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group)):
-        first = 0
+    room, is_apart = most, False
+    for number in sorted(range(len(groups)), key=keys.__getitem__):
+        group, (apart, _) = groups[number], keys[number]
+        if batch and apart and not is_apart:
+            yield batch
+            batch, room = [], most
+        is_apart, first = apart, 0
         while first < len(group):
             part = Part(group, first, min(first + room, len(group)))
             batch.append(part)
@@ -118,12 +134,13 @@ class Prefixes:
         """Padded on the left: whole prompts with their images, or where prompts share a prefix its cache with them."""
         kept, self._kept = self._kept, None
         groups = [part.group for part in batch]
-        if all(len(group) == 1 for group in groups) or not all(map(self._can_share, groups)):
+        if all(len(group) == 1 for group in groups) or not all(map(self.can_share, groups)):
             return self._padded([encoded for part in batch for _, encoded in part.asked])
         known = [] if kept is None else [kept]
         states = known + self._compute(groups[len(known) :])
-        if batch[-1].goes_on:  # copies, for these are views of what the whole batch has
-            self._kept = [(keys.clone(), values.clone()) for keys, values in states[-1]]
+        if batch[-1].goes_on:  # as it is where nothing else is held with it, or else copied out of what all have
+            alone = len(groups) == 1
+            self._kept = [one if alone else (one[0].clone(), one[1].clone()) for one in states[-1]]
         rows = [row for row, part in enumerate(batch) for _ in part.asked]
         lengths = [self._prefix_length(group) for group in groups]
         cache = DynamicCache()
@@ -143,7 +160,7 @@ class Prefixes:
     def _prefix_length(self, group: Group) -> int:
         return prefix_length(group[0][1]["input_ids"], self.processor.image_token_id)
 
-    def _can_share(self, group: Group) -> bool:
+    def can_share(self, group: Group) -> bool:
         """Whether its prompts have pictures and begin alike, and the rope's factors change in none after its prefix.
 
         Past that threshold the model rotates all of a row's positions by other factors, those of its pictures too.

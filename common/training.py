@@ -48,7 +48,15 @@ from .checkpoints import (
     record_of,
     remove_incomplete,
 )
-from .cli import BAD_EXAMPLES, LOCK, RUN_RECORD, deepspeed_file, files_of_run
+from .cli import (
+    BAD_EXAMPLES,
+    BITSANDBYTES_MOST,
+    BITSANDBYTES_OPTIMIZERS,
+    LOCK,
+    RUN_RECORD,
+    deepspeed_file,
+    files_of_run,
+)
 from .collation import collate, pack, share_pictures
 from .data import ExampleDataset, ExampleKey, loader_context, prefetch_factor
 from .errors import (
@@ -347,6 +355,19 @@ def rate_of(name: str, options: argparse.Namespace) -> str:
     return option if is_vision and getattr(options, option) is not None else "learning_rate"
 
 
+def in_parts(parameters: Sequence[torch.nn.Parameter], most: int | None) -> list[list[torch.nn.Parameter]]:
+    """Parameters one after another in lists of at most so many elements together; None: in one list."""
+    parts: list[list[torch.nn.Parameter]] = [[]]
+    elements = 0
+    for parameter in parameters:
+        if most is not None and parts[-1] and elements + parameter.numel() > most:
+            parts.append([])
+            elements = 0
+        parts[-1].append(parameter)
+        elements += parameter.numel()
+    return parts
+
+
 class RecipeTrainer(WatchedTrainer):
     """The Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
@@ -368,7 +389,8 @@ class RecipeTrainer(WatchedTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, each of its parameter groups (with and without weight decay) divided by rate.
 
-        The scheduler multiplies every group's own rate; without the options the groups are the Trainer's.
+        The scheduler multiplies every group's own rate; without the options the groups are the Trainer's, but for
+        those that are too large for bitsandbytes.
         """
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -377,16 +399,19 @@ class RecipeTrainer(WatchedTrainer):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups.setdefault((rate_of(name, self.options), name in decayed), []).append(parameter)
+            # ZeRO-2 makes one tensor of a group, which one process has whole
+            most = BITSANDBYTES_MOST if self.args.optim in BITSANDBYTES_OPTIMIZERS else None
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
                     {
-                        "params": groups[rate, decays],
+                        "params": parameters,
                         "lr": getattr(self.options, rate),
                         "weight_decay": self.args.weight_decay if decays else 0.0,
                         "rate": rate,
                     }
                     for rate, decays in sorted(groups, key=lambda key: (key[0] != "learning_rate", key[0], not key[1]))
+                    for parameters in in_parts(groups[rate, decays], most)
                 ],
                 **arguments,
             )

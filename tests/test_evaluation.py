@@ -1,7 +1,9 @@
 """Generation for evaluation: sharding, batching and order change nothing."""
 
 import argparse
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import DynamicCache
 
 from common.cli import Precision
 from common.collation import Example, Turn, encode_example, prefix_length
@@ -65,6 +68,10 @@ def generate(folder, batch_size, workers=0, candidates=()):
 def one_of_three(rank, folder, port):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    about_pages, crops = ask_pages(folder, 2, PAGES)
+    (folder / f"pages_{rank}.json").write_text(
+        json.dumps({"answers": [one.text for one in about_pages], "crops": crops})
+    )
     (folder / f"answers_{rank}.json").write_text(json.dumps(answers(folder, batch_size=2)))
     write_evaluation(folder / "eval.json", {"rank": rank}, [])
     torch.distributed.destroy_process_group()
@@ -92,10 +99,15 @@ def test_batching_changes_nothing(folder, one_by_one, batch_size, workers):
 
 
 def test_sharding_changes_nothing(folder, one_by_one):
-    """Five examples over three processes: two, two and one; every process returns all five."""
+    """Five examples over three processes: two, two and one; every process returns all five, and those about pages."""
     multiprocessing.spawn(one_of_three, (folder, free_port()), nprocs=3)
     for rank in range(3):
         assert json.loads((folder / f"answers_{rank}.json").read_text()) == one_by_one
+    # pages with several questions each come to one of the processes, once
+    alone, _ = ask_pages(folder, 1)
+    found = [json.loads((folder / f"pages_{rank}.json").read_text()) for rank in range(3)]
+    assert all(each["answers"] == [one.text for one in alone] for each in found)
+    assert sum(each["crops"] for each in found) == crops_of(folder, [0, 1, 2, 3])
     assert json.loads((folder / "eval.json").read_text())["rank"] == 0
 
 
@@ -149,6 +161,23 @@ def test_a_page_is_computed_once_for_its_questions(folder, batch_size, with_lora
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
 
 
+def test_a_batchs_cache_is_gone_before_the_next_has_its_own(folder, monkeypatch):
+    """When one is made none of an earlier batch is left."""
+    alive = weakref.WeakSet()
+    most = []
+
+    class Watched(DynamicCache):
+        def __init__(self, *arguments, **given):
+            gc.collect()
+            most.append(len(alive))
+            super().__init__(*arguments, **given)
+            alive.add(self)
+
+    monkeypatch.setattr("common.prompt_batches.DynamicCache", Watched)
+    ask_pages(folder, 1, PAGES)
+    assert most == [0] * sum(PAGES.count(page) > 1 and PAGES.count(page) for page in set(PAGES))
+
+
 def test_prompts_of_about_the_same_length_are_answered_together(folder, one_by_one):
     """Of five prompts in batches of two: the shortest first; the answers stand in the examples' order."""
     model = tiny_model()
@@ -192,10 +221,10 @@ def test_pages_whose_rope_factors_change_are_not_shared(folder, batch_size):
     alone, _ = ask_pages(folder, 1, model=model)
     shared, crops = ask_pages(folder, batch_size, PAGES, model=model)
     assert [one.text for one in shared] == [one.text for one in alone]
-    # A batch in which an answer grows past the threshold is begun again there. In batches of two, sorted by length,
-    # pages 1 and 2 come first, once each, then two of page 0's, then its longest question beside page 3's.
-    of_two = crops_of(folder, [1, 2, 0, 0]) + 2 * crops_of(folder, [0, 3])
-    assert crops == {8: 2 * crops_of(folder, PAGES), 2: of_two}[batch_size]
+    # Pages 1 and 2 are shared. Questions about 0 and 3, one of which each grows past the threshold, are in batches of
+    # their own, and a batch in which an answer does so is begun again: that of page 0's longest beside page 3's.
+    once, twice = {8: ([], [0, 0, 0, 3]), 2: ([0, 0], [0, 3])}[batch_size]
+    assert crops == crops_of(folder, [1, 2]) + crops_of(folder, once) + 2 * crops_of(folder, twice)
 
 
 @pytest.mark.parametrize("pages_past_it", [[0, 1, 2, 3], [0, 3]])

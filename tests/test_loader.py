@@ -171,6 +171,21 @@ def test_float32_may_be_tf32_on_a_gpu(monkeypatch, device, precision):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize(("optim", "sizes"), [("adamw_torch", [60, 7]), ("adamw_8bit", [25, 25, 10, 7])])
+def test_no_group_is_too_large_for_bitsandbytes(tmp_path, monkeypatch, optim, sizes):
+    """Where it counts a tensor's elements in few bits: ZeRO-2 makes one tensor of a group's weights (their biases are
+    the group that does not decay)."""
+    monkeypatch.setattr("common.training.BITSANDBYTES_MOST", 29)
+    shapes = [(5, 3), (5, 2), (5, 2), (5, 3), (5, 2)]
+    model = torch.nn.ParameterDict({f"part_{number}": torch.ones(shape) for number, shape in enumerate(shapes)})
+    model["bias"] = torch.nn.Parameter(torch.ones(7))
+    trainer = make_trainer(tmp_path, optim=optim)
+    groups = trainer.create_optimizer(model).param_groups
+    assert [sum(one.numel() for one in group["params"]) for group in groups] == sizes
+    assert [id(one) for group in groups for one in group["params"]] == [id(one) for one in model.parameters()]
+    assert [group["weight_decay"] for group in groups] == [trainer.args.weight_decay] * (len(sizes) - 1) + [0.0]
+
+
 def test_memory_of_evaluations_is_not_trainings(tmp_path, monkeypatch):
     """The log has the most that training held, at its first step (a GPU's memory, for which this has a stand-in)."""
     held = [16.0]  # by the evaluation before training

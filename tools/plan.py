@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -151,12 +152,12 @@ def propose(config: Phi3VConfig, fixed: Setting, options: argparse.Namespace) ->
     if exact and exact[0] != fitting[0]:
         size, setting = exact[0]
         print(f"with AdamW's state in 32 bits the fastest needs {size / 1e9:.1f} GB: {in_words(setting)}")
-    if not fixed.torch_compile:  # what fits uncompiled fits compiled
-        every = candidates(dataclasses.replace(fixed, torch_compile=True), options)
-        size, setting = next(one for one in ((needed(estimate(config, one)), one) for one in every) if one[0] <= room)
+    compiled = [] if fixed.torch_compile else candidates(dataclasses.replace(fixed, torch_compile=True), options)
+    fits = ((size, one) for one in compiled if (size := needed(estimate(config, one))) <= room)
+    for size, setting in itertools.islice(fits, 1):
         print(f"compiled, where layers keep less, the fastest needs {size / 1e9:.1f} GB: {in_words(setting)}")
     most = packed_in(config, chosen, room)
-    if most is not None:
+    if most is not None and not options.batch_size_per_gpu:
         size = needed(estimate(config, most))
         print(f"without padding as many at once as fit need {size / 1e9:.1f} GB: {in_words(most)}")
     return 0
@@ -170,7 +171,7 @@ def packed_in(config: Phi3VConfig, setting: Setting, room: float) -> Setting | N
     """
     if setting.packs:
         return None
-    for examples in range(min(setting.batch_size // setting.gpus, MOST_AT_ONCE), 1, -1):
+    for examples in range(setting.batch_size // setting.gpus, 1, -1):
         tokens = examples * setting.tokens
         packed = dataclasses.replace(setting, batch_size_per_gpu=1, max_tokens_per_gpu=tokens)
         if needed(estimate(config, packed)) <= room:
