@@ -8,8 +8,8 @@ statements. Once every question is an example of its own, shuffled over the epoc
 stand behind one copy of it (`--share_images`). Data, questions per step, learning rate and seeds are the same, and so
 are the held-out rows that are evaluated. A step then has fewer pictures: pairs are also trained with half again as many
 statements per step (`--batch_size 24` for 16), of about as many pairs as the statements apart have, for as many steps.
-Writes the task's part of `benchmarks/results/sharing_score.json` and prints its table; with `--ways` of some, whose
-others are kept.
+Writes its part of `benchmarks/results/sharing_score.json`, named by the task and by the pictures where they are not as
+many as usual, and prints its table; what `--ways` does not name is kept.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from common.report import read_log
 
 REPOSITORY = Path(__file__).parent.parent
 APART, TOGETHER, WIDER = "each by itself", "a picture's together", "a picture's together, as many pictures a step"
+WAYS = {"apart": APART, "together": TOGETHER, "wider": WIDER}
 # as `make demo` has them
 OPTIONS = "--num_crops 1 --batch_size 16 --warmup_steps 10 --eval_batch_size_per_gpu 16"
 OPTIONS += " --num_workers 1 --no-gradient_checkpointing --num_train_epochs 1 --no-report_images"
@@ -121,8 +122,8 @@ def train(
 
 
 def table(name: str, measured: dict[str, Any]) -> str:
-    """A task's rows, one for each way."""
-    task, rows = TASKS[name], []
+    """A part's rows, one for each way."""
+    task, rows = TASKS[name.partition("_")[0]], []
     for way in task.options:
         runs = measured[name]["ways"].get(way, [])
         if not runs:
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="The score with and without sharing.", allow_abbrev=False)
     parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--ways", nargs="+", choices=(APART, TOGETHER, WIDER), help="(all that the task has)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="(all that the task has)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way (%(default)s)")
     parser.add_argument("--train_pages", type=int, help="pictures to train on (the task's)")
     parser.add_argument("--eval_limit", type=int, default=500, help="rows to evaluate (%(default)s)")
@@ -149,10 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pages = options.train_pages or task.train_pages
     about = {**header(torch.device("cpu")), "train_pages": pages}
     others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    asked = [way for way in task.options if way in (options.ways or task.options)]
-    ways: dict[str, list[dict[str, Any]]] = {way: [] for way in task.options}
-    if asked != list(task.options) and options.task in others:
-        ways |= {way: runs for way, runs in others[options.task]["ways"].items() if way not in asked}
+    part = options.task if pages == task.train_pages else f"{options.task}_{pages}"
+    asked = [way for way in task.options if way in [WAYS[name] for name in options.ways]]
+    known = others.get(part, {}).get("ways", {})
+    ways: dict[str, list[dict[str, Any]]] = {way: [] if way in asked else known.get(way, []) for way in task.options}
+    if WIDER in asked and APART not in asked and len(ways[APART]) < options.seeds:
+        parser.error(
+            f"wider takes its steps from apart: {options.seeds} runs of that are needed, {len(ways[APART])} known"
+        )
     with TemporaryDirectory() as folder:
         data = task.write(Path(folder) / "data", pages)
         for seed in range(options.seeds):
@@ -162,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs.append(train(options.task, data, Path(folder) / "output", way, seed, options.eval_limit, steps))
                 print(f"{way}: {runs[-1]}", flush=True)
             # what is interrupted later keeps these
-            write_json(options.output, dict(sorted({**others, options.task: {**about, "ways": ways}}.items())))
-    print(table(options.task, {options.task: {"ways": ways}}), end="")
+            write_json(options.output, dict(sorted({**others, part: {**about, "ways": ways}}.items())))
+    print(table(part, {part: {"ways": ways}}), end="")
 
 
 if __name__ == "__main__":

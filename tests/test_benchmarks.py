@@ -487,7 +487,7 @@ def test_sharing_is_compared_by_the_same_training(
     figures.write_text('{"another": "task"}')
     sizes = ["--seeds", "2", "--train_pages", "8", "--eval_limit", "4"]
     given = ["--task", task, *sizes, "--output", str(figures)]
-    sharing_score.main([*given, "--ways", sharing_score.APART, sharing_score.TOGETHER])
+    sharing_score.main([*given, "--ways", "apart", "together"])
     assert [command[command.index("--seed") + 1] for command in commands] == ["0", "0", "1", "1"]
     assert all(command[command.index("--eval_limit") + 1] == "4" for command in commands)
     assert all(f"finetune_hf_trainer_{task}.py" in command for command in commands)
@@ -495,25 +495,28 @@ def test_sharing_is_compared_by_the_same_training(
     assert one ^ other == {*apart, "--share_images", "8"}  # 8 or 1 at once; a 1 is in both
     measured = json.loads(figures.read_text())
     assert measured["another"] == "task"
-    assert (measured[task]["train_pages"], measured[task]["date"]) == (8, datetime.date.today().isoformat())
-    assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(task, measured)
+    part = f"{task}_8"  # fewer pictures than usual
+    assert (measured[part]["train_pages"], measured[part]["date"]) == (8, datetime.date.today().isoformat())
+    assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(part, measured)
     wider = sharing_score.TASKS[task].options.get(sharing_score.WIDER)
     if wider is None:
         return
     # by itself, for as many steps as the others had; their figures stay
     commands.clear()
-    sharing_score.main([*given, "--ways", sharing_score.WIDER])
+    with pytest.raises(SystemExit):
+        sharing_score.main([*given, "--seeds", "3", "--ways", "wider"])
+    sharing_score.main([*given, "--ways", "wider"])
     assert len(commands) == 2
     for command in commands:
         assert command[command.index("--max_steps") + 1] == "1"
         assert command[len(command) - command[::-1].index("--batch_size")] == "24"
-    ways = json.loads(figures.read_text())[task]["ways"]
+    ways = json.loads(figures.read_text())[part]["ways"]
     assert {way: len(runs) for way, runs in ways.items()} == dict.fromkeys(sharing_score.TASKS[task].options, 2)
     # all of them at once
     commands.clear()
     sharing_score.main(given)
     assert len(commands) == 6
-    ways = json.loads(figures.read_text())[task]["ways"]
+    ways = json.loads(figures.read_text())[part]["ways"]
     assert {way: len(runs) for way, runs in ways.items()} == dict.fromkeys(sharing_score.TASKS[task].options, 2)
 
 
