@@ -271,6 +271,18 @@ def converter(folder: Path) -> str:
     return f"{text}{machine_line(result)}\n{kinds}\n{markdown(names, rows)}"
 
 
+def recomputation(folder: Path) -> str:
+    """What computing layers again costs, and what it saves, on a CPU."""
+    text = "## What is computed again, on a CPU\n\n"
+    result = read(folder, "recompute_cpu.json")
+    if result is None:
+        return text + f"`benchmarks/throughput.py`: {NOT_MEASURED}.\n"
+    command = f"python -m benchmarks.throughput --size {result['size']} --num_crops {result['num_crops']} "
+    command += f"--rounds {result['rounds']} --pages_per_turn {result['pages_per_turn']} --questions_per_page 1 "
+    command += f"--output benchmarks/results/recompute_cpu.json --compare {' '.join(result['variants'])}"
+    return f"{text}`{command}`: {machine_line(result)}\n{variants_table(result)}"
+
+
 def optimizers(folder: Path) -> str:
     """AdamW's kinds on a CPU."""
     result = read(folder, "optimizers.json")
@@ -318,7 +330,9 @@ def render(folder: Path) -> str:
         "# Results\n\nMade by `python -m benchmarks.render` from `benchmarks/results/`; nothing here is written by "
         "hand. `benchmarks/throughput.py` says what the variants are.\n"
     )
-    return "\n".join([text, *(section(folder) for section in (on_a_cpu, optimizers, on_a_gpu, scaling, converter))])
+    return "\n".join(
+        [text, *(section(folder) for section in (on_a_cpu, recomputation, optimizers, on_a_gpu, scaling, converter))]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ On the demo's data: forms of three to six fields with a question about each, and
 statements. Once every question is an example of its own, shuffled over the epoch, and once those of a page (a pair)
 stand behind one copy of it (`--share_images`). Data, questions per step, learning rate and seeds are the same, and so
 are the held-out rows that are evaluated. A step then has fewer pictures: pairs are also trained with half again as many
-statements per step (`--batch_size 24` for 16), of about as many pairs as the statements apart have, for as many steps.
+statements per step (`--batch_size 24` for 16), of about as many pairs as the statements apart have, for as many steps,
+which sees half again as many statements and as many pictures.
 Writes its part of `benchmarks/results/sharing_score.json`, named by the task and by the pictures where they are not as
 many as usual, and prints its table; what `--ways` does not name is kept.
 """
@@ -15,6 +16,7 @@ many as usual, and prints its table; what `--ways` does not name is kept.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -29,7 +31,7 @@ import datasets
 import numpy as np
 import torch
 
-from benchmarks.measuring import RESULTS, header, markdown, write_json
+from benchmarks.measuring import RESULTS, commit, header, markdown, write_json
 from common.demo import CHECKPOINT, QUESTIONS, as_cell, digit_scans, random_document, write_docvqa, write_nlvr2
 from common.report import read_log
 
@@ -118,6 +120,8 @@ def train(
         "num_examples": evaluation["num_examples"],
         "steps": lines[-1]["step"],
         "loss_at_the_end": statistics.mean(losses[-5:]),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
     }
 
 
@@ -148,11 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     task = TASKS[options.task]
     pages = options.train_pages or task.train_pages
-    about = {**header(torch.device("cpu")), "train_pages": pages}
     others = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     part = options.task if pages == task.train_pages else f"{options.task}_{pages}"
     asked = [way for way in task.options if way in [WAYS[name] for name in options.ways]]
+    if not asked:
+        parser.error(f"{options.task} has no way {' or '.join(options.ways)}")
     known = others.get(part, {}).get("ways", {})
+    about = {**header(torch.device("cpu")), "train_pages": pages}
+    if asked != list(task.options) and known:  # of the runs that are kept; each run says its own date and commit
+        about = {name: value for name, value in others[part].items() if name != "ways"}
     ways: dict[str, list[dict[str, Any]]] = {way: [] if way in asked else known.get(way, []) for way in task.options}
     if WIDER in asked and APART not in asked and len(ways[APART]) < options.seeds:
         parser.error(

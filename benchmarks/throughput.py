@@ -433,8 +433,8 @@ def compare(
             running[variant] = []
             with stopwatch(runner.device) as second:
                 take_turn(variant, 0)
-            if on_gpu:  # what the same turn took longer the first time
-                figures[variant.name]["start_up_seconds"] = figure(max(0.0, first[0] - second[0]))
+            if on_gpu:  # on a CPU the first turn was another
+                figures[variant.name]["start_up_seconds"] = start_up(*first, *second)
         except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
             leave_out(variant, error)
         result = report()
@@ -452,6 +452,11 @@ def compare(
         print(f"{runner.method}: round {number + 1} of {options.rounds}", flush=True)
         result = report()
     return result
+
+
+def start_up(first_seconds: float, second_seconds: float) -> float:
+    """What a turn took longer the first time than the second, in seconds; 0 where it did not."""
+    return figure(max(0.0, first_seconds - second_seconds))
 
 
 def compare_turns(

@@ -36,8 +36,8 @@ DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning r
 
 # AdamW as the Trainer names its kinds; of those of bitsandbytes some keep their state in 8 bits, some outside the GPU.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
-# Elements of a tensor at most: its kernels are told how many in 32 bits.
-BITSANDBYTES_MOST = 2**31 - 1
+# Elements of a tensor at most, for its kernels are told how many in 32 bits; ZeRO-2 pads a group by a few.
+BITSANDBYTES_MOST = 2**31 - 2**16
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS)
 CHECKPOINTING = ("none", "selective", "full")
 

@@ -20,17 +20,26 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from .cli import DEEPSPEED, MAX_NUM_CROPS, choose_precision, deepspeed_file, offloads_optimizer
+from .cli import (
+    BITSANDBYTES_MOST,
+    BITSANDBYTES_OPTIMIZERS,
+    DEEPSPEED,
+    MAX_NUM_CROPS,
+    choose_precision,
+    deepspeed_file,
+    offloads_optimizer,
+)
 from .loading import add_adapters, choose_weights
 from .phi3v import Phi3VConfig, Phi3VForCausalLM
 
+T = TypeVar("T")
 METHODS = ("full", "frozen", "lora", "qlora")  # the greediest first
 NF4_BLOCK, EIGHT_BIT_BLOCK = 64, 256  # elements that share a float32 scale in bitsandbytes
 SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000  # smaller tensors keep 32 bits, stay on the GPU
@@ -175,6 +184,19 @@ def optimizer_bytes(optim: str, tensors: Sequence[int]) -> tuple[int, int]:
     return fixed + (
         4 * len(tensors) if optim.startswith("adamw_torch") else 0
     ), paged  # PyTorch counts every tensor's steps
+
+
+def in_parts(tensors: Sequence[T], elements_of: Callable[[T], int], most: float) -> list[list[T]]:
+    """Tensors one after another in lists of at most so many elements together, as bitsandbytes' groups are made."""
+    parts: list[list[T]] = [[]]
+    elements = 0
+    for tensor in tensors:
+        if parts[-1] and elements + elements_of(tensor) > most:
+            parts.append([])
+            elements = 0
+        parts[-1].append(tensor)
+        elements += elements_of(tensor)
+    return parts
 
 
 # --- activations
@@ -412,6 +434,9 @@ def estimate(config: Phi3VConfig, setting: Setting) -> list[Part]:
             parts.append(Part("masters, gradients, state", "outside", 16 * share, "float32, on the computer's side"))
         state, paged = optimizer_bytes(setting.optim, [held] if held else [])
         step = 6 * held  # flattened, and in float32
+        if setting.optim in BITSANDBYTES_OPTIMIZERS:  # group by group, where these are of a size
+            largest = max(map(sum, in_parts(weights.trained, int, BITSANDBYTES_MOST)))
+            step = min(step, 6 * -(-largest // setting.gpus))
     parts.append(Part("optimizer state", "held", state, setting.optim))
     if paged:
         parts.append(

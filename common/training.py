@@ -70,6 +70,7 @@ from .facts import RUN_FACTS, describe_data, write_facts
 from .files import INCOMPLETE, read_json
 from .launcher import launcher
 from .layers import causal_lm_of
+from .memory import in_parts
 from .model_card import precision_options, push_to_hub, write_model_card
 from .packing import PackedBatchSampler, check_examples, check_fits, measure_questions
 from .phi3v import Phi3VConfig, Phi3VModel, Phi3VProcessor
@@ -355,19 +356,6 @@ def rate_of(name: str, options: argparse.Namespace) -> str:
     return option if is_vision and getattr(options, option) is not None else "learning_rate"
 
 
-def in_parts(parameters: Sequence[torch.nn.Parameter], most: int | None) -> list[list[torch.nn.Parameter]]:
-    """Parameters one after another in lists of at most so many elements together; None: in one list."""
-    parts: list[list[torch.nn.Parameter]] = [[]]
-    elements = 0
-    for parameter in parameters:
-        if most is not None and parts[-1] and elements + parameter.numel() > most:
-            parts.append([])
-            elements = 0
-        parts[-1].append(parameter)
-        elements += parameter.numel()
-    return parts
-
-
 class RecipeTrainer(WatchedTrainer):
     """The Trainer with this recipe's batches and learning rates, and speed and memory in its log."""
 
@@ -400,7 +388,7 @@ class RecipeTrainer(WatchedTrainer):
                 if parameter.requires_grad:
                     groups.setdefault((rate_of(name, self.options), name in decayed), []).append(parameter)
             # ZeRO-2 makes one tensor of a group, which one process has whole
-            most = BITSANDBYTES_MOST if self.args.optim in BITSANDBYTES_OPTIMIZERS else None
+            most = BITSANDBYTES_MOST if self.args.optim in BITSANDBYTES_OPTIMIZERS else float("inf")
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
@@ -411,7 +399,7 @@ class RecipeTrainer(WatchedTrainer):
                         "rate": rate,
                     }
                     for rate, decays in sorted(groups, key=lambda key: (key[0] != "learning_rate", key[0], not key[1]))
-                    for parameters in in_parts(groups[rate, decays], most)
+                    for parameters in in_parts(groups[rate, decays], torch.nn.Parameter.numel, most)
                 ],
                 **arguments,
             )

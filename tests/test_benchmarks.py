@@ -393,6 +393,11 @@ def test_time_for_first_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result["rounds"], len(result["variants"]["single"]["turn_seconds"])) == (2, 2)
 
 
+@pytest.mark.parametrize(("seconds", "told"), [((31.25, 4.0), 27.25), ((4.0, 4.5), 0.0)])
+def test_start_up_is_what_the_first_turn_took_longer(seconds: tuple[float, float], told: float) -> None:
+    assert throughput.start_up(*seconds) == told
+
+
 def test_results_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """git's commit in short, or what `COMMIT` says where there is no git."""
     whole = "0123456789abcdef0123456789abcdef01234567"
@@ -482,7 +487,8 @@ def test_sharing_is_compared_by_the_same_training(
         (output / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(measuring, "commit", lambda: None)  # asks git
+    for module in (measuring, sharing_score):
+        monkeypatch.setattr(module, "commit", lambda: None)  # asks git
     figures = tmp_path / "figures.json"
     figures.write_text('{"another": "task"}')
     sizes = ["--seeds", "2", "--train_pages", "8", "--eval_limit", "4"]
@@ -500,18 +506,24 @@ def test_sharing_is_compared_by_the_same_training(
     assert "| 0.500 | 0.500, 0.500 |" in sharing_score.table(part, measured)
     wider = sharing_score.TASKS[task].options.get(sharing_score.WIDER)
     if wider is None:
+        with pytest.raises(SystemExit):
+            sharing_score.main([*given, "--ways", "wider"])
         return
     # by itself, for as many steps as the others had; their figures stay
     commands.clear()
     with pytest.raises(SystemExit):
         sharing_score.main([*given, "--seeds", "3", "--ways", "wider"])
+    before = json.loads(figures.read_text())[part]
+    figures.write_text(json.dumps({part: {**before, "date": "2026-01-02"}}))
     sharing_score.main([*given, "--ways", "wider"])
     assert len(commands) == 2
     for command in commands:
         assert command[command.index("--max_steps") + 1] == "1"
         assert command[len(command) - command[::-1].index("--batch_size")] == "24"
-    ways = json.loads(figures.read_text())[part]["ways"]
-    assert {way: len(runs) for way, runs in ways.items()} == dict.fromkeys(sharing_score.TASKS[task].options, 2)
+    found = json.loads(figures.read_text())[part]
+    assert {way: len(runs) for way, runs in found["ways"].items()} == dict.fromkeys(before["ways"], 2)
+    assert (found["date"], found["ways"][sharing_score.APART]) == ("2026-01-02", before["ways"][sharing_score.APART])
+    assert {run["date"] for run in found["ways"][sharing_score.WIDER]} == {datetime.date.today().isoformat()}
     # all of them at once
     commands.clear()
     sharing_score.main(given)
@@ -600,12 +612,12 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
     text = render.render(tmp_path)
     for method in render.METHOD_NAMES.values():
         assert re.search(rf"^\| {method} \|.*\| not measured \|", text, re.MULTILINE), method
-    assert text.count("not measured") == 4 + 4  # and the CPU's sections
+    assert text.count("not measured") == 4 + 5  # and the CPU's sections
     (tmp_path / "gpu_x_lora.json").write_text(json.dumps(gpu_result("lora")))
     text = render.render(tmp_path)
     assert "| LoRA | 12.13 | 1.52 | ~16 GB | GPU X | 7.58 | 5.0 | 15.5 GB | 7.58 | 24.25 | 2.00 |" in text
     assert "left out: out of memory" in text
-    assert text.count("not measured") == 3 + 4
+    assert text.count("not measured") == 3 + 5
     (tmp_path / "gpu_x_qlora.json").write_text(json.dumps(gpu_result("qlora")))
     assert "| ~10 GB | GPU X | 7.58 | 5.8 | 15.5 GB | not measured |" in render.render(tmp_path)
     for leanest, told in (
@@ -628,7 +640,7 @@ def test_what_nobody_has_measured_says_so(tmp_path: Path) -> None:
     (tmp_path / "gpu_x_qlora.json").unlink()
     # a trial at another size is no measurement of a published row
     (tmp_path / "gpu_x_lora.json").write_text(json.dumps({**gpu_result("lora"), "size": "tiny"}))
-    assert render.render(tmp_path).count("not measured") == 4 + 4
+    assert render.render(tmp_path).count("not measured") == 4 + 5
 
 
 def test_gradients_that_nobody_compared_are_told() -> None:

@@ -37,10 +37,11 @@ VARIANTS = {
     "zero2_offload": ("--deepspeed", "ds_configs/zero2_offload.json"),
     "zero3": ("--deepspeed", "ds_configs/zero3.json"),
     "zero2_8bit": ("--optim", "adamw_8bit"),
+    "zero2_8bit_in_parts": ("--optim", "adamw_8bit"),  # the weights' group divided, as if it were too large
     "zero3_8bit": ("--optim", "adamw_8bit", "--deepspeed", "ds_configs/zero3.json"),
     "lora": ("--use_lora", "--lora_rank", 8),  # under DDP
 }
-IN_8_BITS = ("zero2_8bit", "zero3_8bit")
+IN_8_BITS = ("zero2_8bit", "zero2_8bit_in_parts", "zero3_8bit")
 pytestmark = pytest.mark.long
 
 
@@ -100,13 +101,17 @@ def plain_losses(pages, tmp_path_factory):
     return functools.cache(train)
 
 
+def script_of(variant):
+    return "tests/docvqa_in_parts.py" if variant.endswith("in_parts") else SCRIPT
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(pages, tmp_path_factory):
     """Variant -> the folder of its run in two processes; each is run once."""
 
     def run(variant):
         folder = tmp_path_factory.mktemp(variant) / "out"
-        ended = run_script(SCRIPT, *options_for(pages, folder, variant), timeout=1800)
+        ended = run_script(script_of(variant), *options_for(pages, folder, variant), timeout=1800)
         assert ended.returncode == 0, ended.stdout[-4000:]
         return folder
 
@@ -149,9 +154,9 @@ def test_killed_and_started_again(uninterrupted, pages, tmp_path, variant):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(
-            [*command, SCRIPT, *map(str, options)],
+            [*command, script_of(variant), *map(str, options)],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -161,7 +166,7 @@ def test_killed_and_started_again(uninterrupted, pages, tmp_path, variant):
         for worker in workers:  # of sessions of their own
             os.kill(worker, signal.SIGKILL)
         running.wait(60)
-    ended = run_script(SCRIPT, *options, timeout=1800)
+    ended = run_script(script_of(variant), *options, timeout=1800)
     assert ended.returncode == 0, ended.stdout[-4000:]
     assert f"going on from {folder}/checkpoint-{SAVED}" in ended.stdout
     expected, own = weights_of(uninterrupted(variant)), weights_of(folder)

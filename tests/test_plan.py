@@ -346,6 +346,17 @@ def test_deepspeed_holds_what_is_computed(method, accumulation, tmp_path, within
         within(f"{method}, accumulation {accumulation}", f"ZeRO-2, {phase}", abs(expected / real[phase] - 1), tolerance)
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_bitsandbytes_steps_group_by_group(gpus):
+    """Only one group's gradients are flattened at a time; PyTorch's AdamW has all weights in one group."""
+    whole, parts = (
+        sizes_of(Setting("full", gpus=gpus, batch_size=16, optim=optim))["the optimizer at work"]
+        for optim in ("adamw_torch_fused", "adamw_8bit")
+    )
+    assert whole > 6 * 2**31 / gpus >= parts
+    assert whole / 2 <= parts < 1.05 * whole / 2  # two groups
+
+
 def test_float16_adapters_stand_on_float32_weights():
     assert sizes_of(Setting("lora", bf16=False))["weights, frozen"] == 4 * PUBLISHED_PARAMETERS
     assert sizes_of(Setting("full", bf16=False))["weights"] == 2 * PUBLISHED_PARAMETERS
