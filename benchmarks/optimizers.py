@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.measuring import RESULTS, header, in_words, print_table, spread, stopwatch, write_json
 from benchmarks.models import METHODS, SIZES, make_config, make_processor
 from common.cli import BITSANDBYTES_MOST, OPTIMIZERS
-from common.memory import Setting, count_weights
+from common.memory import Setting, count_weights, in_parts
 
 
 def make_optimizer(kind: str, weights: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -55,8 +55,7 @@ def sizes_of_tensors(size: str, method: str) -> list[int]:
     trained = count_weights(config, method, Setting.lora_rank, torch.float32.itemsize).trained
     if method in ("lora", "qlora"):
         return list(trained)
-    whole = range(sum(trained))
-    return [len(whole[start : start + BITSANDBYTES_MOST]) for start in range(0, len(whole), BITSANDBYTES_MOST)]
+    return [sum(part) for part in in_parts(trained, int, BITSANDBYTES_MOST)]
 
 
 def measure(

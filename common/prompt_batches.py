@@ -94,18 +94,21 @@ def batches_by_length(groups: Iterable[Group], most: int, can_share: Callable[[G
 
 
 def _sorted_batches(groups: Sequence[Group], most: int, can_share: Callable[[Group], bool]) -> Iterator[list[Part]]:
-    sharing = [can_share(group) for group in groups]
-    any_shares = any(can and len(group) > 1 for can, group in zip(sharing, groups, strict=True))
-    longest = [max(len(encoded["input_ids"]) for _, encoded in group) for group in groups]
-    keys = [(any_shares and not can, length) for can, length in zip(sharing, longest, strict=True)]
+    by_length = sorted(groups, key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group))
+    sharing = [group for group in by_length if can_share(group)]
+    if any(len(group) > 1 for group in sharing):
+        yield from _full_batches(sharing, most)
+        yield from _full_batches([group for group in by_length if not can_share(group)], most)
+    else:
+        yield from _full_batches(by_length, most)
+
+
+def _full_batches(groups: Sequence[Group], most: int) -> Iterator[list[Part]]:
+    """In the groups' order; only the last batch may have fewer prompts than `most`."""
     batch: list[Part] = []
-    room, is_apart = most, False
-    for number in sorted(range(len(groups)), key=keys.__getitem__):
-        group, (apart, _) = groups[number], keys[number]
-        if batch and apart and not is_apart:
-            yield batch
-            batch, room = [], most
-        is_apart, first = apart, 0
+    room = most
+    for group in groups:
+        first = 0
         while first < len(group):
             part = Part(group, first, min(first + room, len(group)))
             batch.append(part)

@@ -688,6 +688,19 @@ def test_kinds_of_adamw(tmp_path: Path) -> None:
     assert "| full fine-tuning | 8.66 | 1.08 | ~36 GB | not measured |" in text
 
 
+def test_tensors_that_an_optimizer_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every adapter's matrices; one of all weights, in parts where bitsandbytes could not count them."""
+    adapters, (whole,) = (optimizers.sizes_of_tensors("tiny", method) for method in ("lora", "full"))
+    assert len(adapters) > 20
+    monkeypatch.setattr(optimizers, "BITSANDBYTES_MOST", whole - 1)
+    parts = optimizers.sizes_of_tensors("tiny", "full")
+    assert (len(parts), sum(parts)) == (2, whole)
+    words = "--size tiny --method lora --rounds 1 --kinds adamw_8bit --output"
+    optimizers.main([*words.split(), str(tmp_path / "figures.json")])
+    result = json.loads((tmp_path / "figures.json").read_text())
+    assert (result["weights"], list(result["kinds"]), result["left_out"]) == (sum(adapters), ["adamw_8bit"], {})
+
+
 @pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit"])
 def test_adamw_is_the_scripts(kind: str) -> None:
     """Betas, epsilon and class are those that the Trainer gives a run."""

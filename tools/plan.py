@@ -18,8 +18,8 @@ The order follows from the work, not from a measurement. Beside it stands what i
 many tokens packed rows (--max_tokens_per_gpu) may have in its place: which of these is faster depends on the GPU and on
 how different examples are in length. Sizes are GB of 1e9 bytes; see common/memory.py for what they are made of.
 
-With --max_tokens_per_gpu rows are packed, with as many examples as have so many tokens, and nothing is
-searched in place of --batch_size_per_gpu. With --share_images an example is a picture with all its questions.
+With --max_tokens_per_gpu rows are packed, with as many examples as have so many tokens, and nothing is searched in
+place of --batch_size_per_gpu. With --share_images an example is a picture with all its questions.
 """
 
 from __future__ import annotations
