@@ -34,6 +34,13 @@ def test_one_picture_for_all_is_answered_by_all_processes():
     assert [sum(map(len, own)) for own in deal([0] * 20, 4, 4)] == [5, 5, 5, 5]
 
 
+def test_processes_have_about_the_same_to_do():
+    """A page with eight questions counts less than eight pages with one, and more than one of them."""
+    dealt = deal([0] * 8 + list(range(1, 13)), 8, 2)
+    assert [len(own) for own in dealt] == [6, 7]
+    assert [sum(map(len, own)) for own in dealt] == [8 + 5, 7]
+
+
 def group_of(length, count, first):
     """Prompts about one picture, the last with so many tokens."""
     return [(first + turn, {"input_ids": torch.zeros(length - count + 1 + turn)}) for turn in range(count)]
