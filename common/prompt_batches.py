@@ -95,9 +95,8 @@ def batches_by_length(groups: Iterable[Group], most: int, can_share: Callable[[G
 
 def _sorted_batches(groups: Sequence[Group], most: int, can_share: Callable[[Group], bool]) -> Iterator[list[Part]]:
     by_length = sorted(groups, key=lambda group: max(len(encoded["input_ids"]) for _, encoded in group))
-    sharing = [group for group in by_length if can_share(group)]
-    if any(len(group) > 1 for group in sharing):
-        yield from _full_batches(sharing, most)
+    if any(len(group) > 1 and can_share(group) for group in by_length):
+        yield from _full_batches([group for group in by_length if can_share(group)], most)
         yield from _full_batches([group for group in by_length if not can_share(group)], most)
     else:
         yield from _full_batches(by_length, most)
