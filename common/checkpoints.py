@@ -28,7 +28,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import deepspeed_files
 from .cli import PATHS, RUN_RECORD, Precision
-from .errors import NotWrittenError, UserError, is_first_process, raise_all, rank_and_world, say
+from .errors import (
+    NotWrittenError,
+    UserError,
+    command_to_go_on,
+    is_first_process,
+    raise_all,
+    rank_and_world,
+    say,
+)
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .report import PICTURES
 from .stopping import STOPPED, Stopping
@@ -455,7 +463,7 @@ class CheckpointingTrainer(Trainer):
         if stops:
             newest = on_first(lambda: max(map(step_of, checkpoints_in(Path(self.args.output_dir))), default=0))
             there = "there" if newest == self.state.global_step else f"step {newest}, the last one that is saved"
-            say(f"stopped after step {self.state.global_step}; the same command goes on from {there}")
+            say(f"stopped after step {self.state.global_step}; {command_to_go_on()} goes on from {there}")
             raise SystemExit(STOPPED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

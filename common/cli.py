@@ -33,6 +33,9 @@ from .phi3v.stock import OLDEST_LIGER, find_fused_cross_entropy
 MAX_NUM_CROPS = 16
 MOST = 2**31 - 1  # of any number; what is beyond it, the libraries do not take for a seed, a size or a time
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
+# What DeepSpeed's files leave to the options, beside what they are computed in.
+DEEPSPEED_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+DEEPSPEED_AUTO += ("gradient_clipping",)
 
 # AdamW as the Trainer names its kinds; of those of bitsandbytes some keep their state in 8 bits, some outside the GPU.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
@@ -440,7 +443,8 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
             "both say what goes through a GPU at once: leave one of them out"
         )
     at_once = options.num_processes * options.batch_size_per_gpu
-    if not options.packs and options.batch_size > 0 and at_once > 0 and options.batch_size % at_once:
+    divides = not (options.packs or options.eval_only)
+    if divides and options.batch_size > 0 and at_once > 0 and options.batch_size % at_once:
         problems.append(
             f"--batch_size {options.batch_size} cannot be divided over {options.num_processes} processes x "
             f"--batch_size_per_gpu {options.batch_size_per_gpu} = {at_once}: give a multiple of {at_once}"
@@ -542,7 +546,7 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
     own = [name for name in ("optimizer", "scheduler") if name in configuration]
     if own:
         return [f"--deepspeed {file} has its own {' and '.join(own)}: take it out, for this recipe's options set them"]
-    problems = []
+    problems = _fixed_values(file, configuration)
     if stage == 3:
         # weights are put together as the same modules run in the same order on every process
         names = [name for name in ("eval_steps", "max_crops_per_call", "torch_compile") if getattr(options, name)]
@@ -555,6 +559,23 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
             f"--optim {options.optim} does not go with {file}, which keeps the optimizer's state off the GPU already: "
             "leave one of them out"
         )
+    return problems
+
+
+def _fixed_values(file: Path, configuration: Mapping[str, Any]) -> list[str]:
+    """What a DeepSpeed file has itself of what options say: where they differ the Trainer would stop as it begins."""
+    fixed = {name: configuration[name] for name in DEEPSPEED_AUTO if name in configuration}
+    for name in ("fp16", "bf16"):
+        block = configuration.get(name)
+        if isinstance(block, Mapping) and "enabled" in block:
+            fixed[f"{name}.enabled"] = block["enabled"]
+    problems = [
+        f'--deepspeed {file} has {name} {value!r}: write "auto" there, for this recipe\'s options set it'
+        for name, value in fixed.items()
+        if value != "auto"
+    ]
+    if "train_micro_batch_size_per_gpu" not in configuration:
+        problems.append(f'--deepspeed {file} has no train_micro_batch_size_per_gpu: add it with the value "auto"')
     return problems
 
 

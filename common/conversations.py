@@ -25,7 +25,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .collation import Example, Turn, encode_example
-from .data import check_length, decode_image, one_line, open_header, parse_line, path_inside, readable
+from .data import (
+    check_length,
+    decode_image,
+    is_fault_of_the_machine,
+    one_line,
+    open_header,
+    parse_line,
+    path_inside,
+    readable,
+)
 from .errors import UserError, first_of, raise_all
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import CROP, plan_layout
@@ -362,6 +371,9 @@ def measure_image(file: Path, decode: bool = False) -> Size | str:
 
     Args:
         decode: read all of it, as training will; else its header.
+
+    Raises:
+        UserError: the storage or the machine fails, which is no fault of the picture.
     """
     name = readable(file)
     try:
@@ -372,6 +384,8 @@ def measure_image(file: Path, decode: bool = False) -> Size | str:
         with open_header(None, str(file)) as image:
             return image.size
     except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
+        if is_fault_of_the_machine(error):
+            raise UserError(f"{name} cannot be read now: {one_line(error)}; see to that, then start again") from error
         return f"{name}: the image cannot be {'decoded' if decode else 'opened'}: {one_line(error.__cause__ or error)}"
 
 

@@ -364,6 +364,11 @@ def opening_images_by(opener: Callable[[bytes | None, str | None], Image.Image])
         _opener.reset(token)
 
 
+def is_fault_of_the_machine(error: Exception) -> bool:
+    """Whether the storage or the machine failed, for what is read then may be in order."""
+    return isinstance(error, OSError) and error.errno in FAULTS_OF_THE_MACHINE
+
+
 def decode_image(cell: Any, place: str) -> Image.Image:
     """An image column's cell -> a decoded PIL image of the file's own mode.
 
@@ -386,7 +391,7 @@ def decode_image(cell: Any, place: str) -> Image.Image:
     try:
         return _opener.get()(content, None if content is not None else path)
     except Exception as error:  # a broken file can raise nearly anything in the decoder of its format
-        if isinstance(error, OSError) and error.errno in FAULTS_OF_THE_MACHINE:
+        if is_fault_of_the_machine(error):
             raise
         size = f" ({len(content)} bytes)" if isinstance(content, bytes) else ""
         which = size if content is not None or readable(path) in place else f" {readable(path)}"
@@ -734,7 +739,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         max_tokens: of an example, the model's limit; None for no limit.
         skips_bad: whether a filler takes the place of an example that cannot be made (`--bad_examples skip`);
             else it is an error.
-        measured: for how many epochs, and what `common.packing.measure_questions` has found; None before.
+        measured: what `common.packing.measure_questions` has found of the run's epochs; None before.
     """
 
     def __init__(
@@ -752,7 +757,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         self.pictures = pictures
         self.max_tokens: int | None = None
         self.skips_bad = False
-        self.measured: tuple[int, Any] | None = None
+        self.measured: Any = None
 
     def __len__(self) -> int:
         return self.size
@@ -801,12 +806,15 @@ def made(make: Callable[[], Example], index: int) -> Example:
 
     Raises:
         UserError: with the example's number and the line of code that failed.
+        OSError: the storage or the machine fails, which is no fault of the example.
     """
     try:
         return make()
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        if is_fault_of_the_machine(error):
+            raise
         frames = traceback.extract_tb(error.__traceback__)[1:2]
         where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})" for frame in frames)
         raise UserError(

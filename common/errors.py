@@ -191,6 +191,16 @@ def note_longest(tokens: int, answer_tokens: int, views: int) -> None:
         _longest.update(tokens=tokens, answer_tokens=max(1, answer_tokens), views=views)
 
 
+def command_to_go_on() -> str:
+    """By which command a run that ended goes on from what it has saved: the same, without what begins elsewhere."""
+    given = _options
+    if given is not None and getattr(given, "overwrite", False):
+        return "the same command without --overwrite"
+    if given is not None and getattr(given, "resume", "auto") != "auto":
+        return f"the same command without --resume {given.resume}"
+    return "the same command"
+
+
 def undo_on_failure(undo: Callable[[], None]) -> None:
     """Remember what the first process is to do when a script ends with an error."""
     global _undo
@@ -236,7 +246,7 @@ def run(main: Callable[[], None], *checks: Callable[[argparse.Namespace], Any]) 
             main_or_undo()
         except (UserError, NotWrittenError) as error:
             if isinstance(error, NotWrittenError):
-                remedy = "see that there is room on that disk and that it works, then start the same command again"
+                remedy = f"see that there is room on that disk and that it works, then start {command_to_go_on()} again"
                 error = UserError(f"{error}: {remedy}", everywhere=True)
             if not dist.is_initialized():
                 _wait_for_the_one_that_tells()

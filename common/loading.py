@@ -24,6 +24,7 @@ from .layers import compile_layers, recompute_layers, use_kernels_for_any_length
 from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.stock import extract_commit_hash, find_file
 
+LORA_OPTIONS = ("lora_rank", "lora_alpha_ratio", "lora_dropout")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 
 # The modules that LoRA adapts, as published; layers of the tower that are never run are left out.
@@ -47,8 +48,12 @@ def check_checkpoint(options: argparse.Namespace) -> None:
     adapter = find_adapter(options.model_name_or_path, options.revision)
     options.revision = commit_of(options.model_name_or_path, options.revision)
     if adapter is None:
-        _check_files(options.model_name_or_path)
-        _read_processor(options.model_name_or_path, options.revision)
+
+        def check_weights() -> None:
+            _check_files(options.model_name_or_path)
+            _read_processor(options.model_name_or_path, options.revision)
+
+        try_all(lambda: _check_lora_options(options), check_weights)
         return
     stored = read_adapter(adapter)
     base, revision = stored["base_model_name_or_path"], stored.get("revision")
@@ -63,6 +68,17 @@ def check_checkpoint(options: argparse.Namespace) -> None:
         lambda: _names_in_adapter(options.model_name_or_path, options.revision),
         check_base,
     )
+
+
+def _check_lora_options(options: argparse.Namespace) -> None:
+    if options.use_lora or options.eval_only:
+        return
+    given = [f"--{name}" for name in LORA_OPTIONS if name in options.given]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: of adapters, and all weights are to be trained: add --use_lora or --use_qlora, or "
+            f"leave {'it' if len(given) == 1 else 'them'} out"
+        )
 
 
 def _check_training_further(adapter: Path, stored: dict[str, Any], options: argparse.Namespace) -> None:

@@ -45,22 +45,22 @@ class Questions:
             Questions that are not to share anything have a number each.
         picture_tokens: for every picture the tokens that its questions share.
         own_tokens: for every question the tokens that it adds, its answer's included.
-        numbers: every question's in the data set; None where they are all there, in order.
-        problems: of the data set's questions that are not among these, because they cannot be made.
+        problems: of those that cannot be made, which keep their places in the shuffle and are left out of their steps:
+            so a run that is gone on with has the same steps when by then they can be made, or others cannot.
     """
 
     pictures: Sequence[int]
     picture_tokens: Sequence[int]
     own_tokens: Sequence[int]
-    numbers: Sequence[int] | None = None
     problems: Sequence[Problem] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def number(self, question: int) -> int:
-        """A question's number in the data set."""
-        return question if self.numbers is None else self.numbers[question]
+    @functools.cached_property
+    def bad(self) -> frozenset[int]:
+        """Those that cannot be made."""
+        return frozenset(problem.index for problem in self.problems)
 
     def tokens(self, group: Group) -> int:
         """Tokens of some questions about one picture, the picture's counted once."""
@@ -170,7 +170,7 @@ def measure_questions(
 
     Every process measures its share. Where something is drawn by chance, as one of several accepted
     answers, the longest of the run's epochs counts. Where bad examples are skipped, one that cannot be made
-    in any of the epochs is left out of all.
+    in any of the epochs is left out of all, and counts as of no tokens.
 
     Args:
         dataset: with its `pictures` where they are to be shared.
@@ -190,19 +190,18 @@ def measure_questions(
     problems = [one for one in measured if isinstance(one, Problem)]
     if problems and not dataset.skips_bad:
         raise_all(first_of([one.text for one in problems]), everywhere=True)
-    numbers = [number for number, one in enumerate(measured) if not isinstance(one, Problem)]
-    lengths = [measured[number] for number in numbers]
+    lengths = [(0, 0) if isinstance(one, Problem) else one for one in measured]
     if dataset.pictures is None:
-        own_tokens = [length for _, length in lengths]
-        return Questions(range(len(lengths)), [0] * len(lengths), own_tokens, numbers, problems)
+        return Questions(range(len(lengths)), [0] * len(lengths), [length for _, length in lengths], problems)
     of_picture: dict[tuple[int, bool], int] = {}
     pictures, picture_tokens = [], []
-    for number, (prefix, length) in zip(numbers, lengths, strict=True):
-        picture = dataset.pictures[number]
+    for picture, (prefix, length) in zip(dataset.pictures, lengths, strict=True):
         pictures.append(of_picture.setdefault((picture, length > rope_threshold), len(of_picture)))
         if len(picture_tokens) < len(of_picture):
             picture_tokens.append(prefix)
-    return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths], numbers, problems)
+        elif not picture_tokens[pictures[-1]]:  # the first question cannot be made
+            picture_tokens[pictures[-1]] = prefix
+    return Questions(pictures, picture_tokens, [length - prefix for prefix, length in lengths], problems)
 
 
 def check_fits(questions: Questions, max_tokens: int) -> None:
@@ -214,7 +213,7 @@ def check_fits(questions: Questions, max_tokens: int) -> None:
     longest = max(range(len(questions)), key=lambda question: questions.tokens([question]), default=None)
     if longest is not None and (tokens := questions.tokens([longest])) > max_tokens:
         raise UserError(
-            f"--max_tokens_per_gpu {max_tokens}: example {questions.number(longest)} alone has about {tokens} tokens; "
+            f"--max_tokens_per_gpu {max_tokens}: example {longest} alone has about {tokens} tokens; "
             f"give at least {tokens}, or fewer --num_crops",
             everywhere=True,
         )
@@ -225,8 +224,8 @@ class PackedBatchSampler:
 
     An epoch is a shuffle of the pictures, and of each picture's questions, that depends on the seed and
     the epoch alone, cut into global batches; a picture at a cut has some of its questions in either
-    batch. Every question is seen exactly once per epoch. Where no picture is shared, the global batches
-    are those of `GlobalBatchSampler`.
+    batch. Every question is seen exactly once per epoch, but for those that cannot be made. Where no picture
+    is shared, the global batches are those of `GlobalBatchSampler`.
 
     Every step takes `micro_steps` packs on every process, the fewest with which every step of the run
     keeps to `max_tokens`. The longest groups are placed first, each into the pack that holds the fewest
@@ -262,7 +261,8 @@ class PackedBatchSampler:
         self.rank, self.world, self.seed, self.epochs = rank, world, seed, epochs
         self.epoch = 0
         check_fits(questions, max_tokens)
-        self.shortest = min(range(len(questions)), key=lambda question: questions.tokens([question]))
+        good = (question for question in range(len(questions)) if question not in questions.bad)
+        self.shortest = min(good, key=lambda question: questions.tokens([question]))
         # the first question about each picture stands for it in the shuffle
         self._stands_for: dict[int, int] = {}
         for question, picture in enumerate(questions.pictures):
@@ -287,13 +287,13 @@ class PackedBatchSampler:
             num_questions = sum(map(len, batch))
             packs = self.divide(batch)
             for pack in packs[self.rank :: self.world]:
-                share = sum(map(len, pack)) / num_questions
+                share = sum(map(len, pack)) / max(1, num_questions)
                 weight = share * self.micro_steps * self.world
                 keys = [[self._key(question, weight) for question in group] for group in pack]
                 yield keys or [[self._key(self.shortest, 0.0)]]
 
     def _key(self, question: int, weight: float) -> ExampleKey:
-        return ExampleKey(self.questions.number(question), self.epoch, weight)
+        return ExampleKey(question, self.epoch, weight)
 
     def global_batches(self, epoch: int) -> Iterator[list[Group]]:
         """An epoch's global batches, whose groups fit into a pack each."""
@@ -303,7 +303,8 @@ class PackedBatchSampler:
         pictures = self.questions.pictures
         order.sort(key=lambda question: place[self._stands_for[pictures[question]]])  # stable: theirs stay shuffled
         for start in range(0, len(order), self.batch_size):
-            yield self._group(order[start : start + self.batch_size])
+            batch = order[start : start + self.batch_size]
+            yield self._group([question for question in batch if question not in self.questions.bad])
 
     def _group(self, batch: Sequence[int]) -> list[Group]:
         """A new group for another picture, and where the pack would be too long."""

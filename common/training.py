@@ -62,6 +62,7 @@ from .data import ExampleDataset, ExampleKey, loader_context, prefetch_factor
 from .errors import (
     NotWrittenError,
     UserError,
+    command_to_go_on,
     is_first_process,
     say,
     undo_on_failure,
@@ -191,8 +192,10 @@ def _prepare_output_folder(options: argparse.Namespace) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # nothing of the old run may be taken for the new's
             if path.parent != folder and not any(path.parent.iterdir()):
                 path.parent.rmdir()
-        if not options.eval_only and not (folder / RUN_RECORD).exists():
-            (folder / BAD_EXAMPLES).unlink(missing_ok=True)  # of a run that was refused
+        if not options.eval_only:
+            _forget_unbegun_run(folder)  # which was killed, or interrupted, or of which another process failed
+            if not (folder / RUN_RECORD).exists():
+                (folder / BAD_EXAMPLES).unlink(missing_ok=True)  # of a run that was refused
         if not options.eval_only and not options.restarted:
             (folder / LOCK).write_text(launcher() or "", encoding="utf-8")  # the lock is on the file as opened before
         (folder / SHARED_MARK).touch()
@@ -211,15 +214,19 @@ def forget_unbegun(options: argparse.Namespace) -> None:
     Else other options, which its error may ask for, would be refused as those of another run. Pictures that an
     evaluation has kept for the report are nothing without it. The list of bad examples is for the user to read.
     """
-    begun = [] if options.eval_only else files_of_run(options.output_dir)
-    begun = [file for file in begun if file.name != BAD_EXAMPLES]
+    if not options.eval_only:
+        _forget_unbegun_run(options.output_dir)
+    if options.dry_run:
+        _remove_dry_run(options.output_dir)
+
+
+def _forget_unbegun_run(folder: Path) -> None:
+    begun = [file for file in files_of_run(folder) if file.name != BAD_EXAMPLES]
     if all(file.name in (RUN_RECORD, RUN_FACTS) or file.parent.name == PICTURES for file in begun):
         for file in begun:
             file.unlink()
         with contextlib.suppress(OSError):
-            (options.output_dir / PICTURES).rmdir()
-    if options.dry_run:
-        _remove_dry_run(options.output_dir)
+            (folder / PICTURES).rmdir()
 
 
 def _remove_dry_run(folder: Path) -> None:
@@ -411,6 +418,11 @@ class RecipeTrainer(WatchedTrainer):
         self.rates = {group["rate"]: group["lr"] for group in groups if group["rate"] != "learning_rate"}
         return super()._get_learning_rate()
 
+    @property
+    def weights_lie_in_pieces(self) -> bool:
+        """Whether no process has the weights whole: ZeRO-3, once the engine is made."""
+        return self.is_deepspeed_enabled and self.deepspeed.zero_optimization_stage() == 3
+
     def start_counting(self) -> None:
         """Begin a new stretch of the log."""
         self._examples = self._tokens = 0
@@ -495,8 +507,11 @@ class RecipeTrainer(WatchedTrainer):
             logs["data_wait_share"] = round(most[0].item() / elapsed, 4)
             logs["memory_peak_gb"] = round(most[1].item(), 3)
             self.start_counting()
-        if "train_runtime" in logs and self._initial_global_step:
-            logs["resumed_from_step"] = self._initial_global_step
+        if "train_runtime" in logs:
+            if self._initial_global_step:
+                logs["resumed_from_step"] = self._initial_global_step
+            if self.options.packs:  # the Trainer takes packs for examples
+                logs.pop("train_samples_per_second", None)
         try:
             super().log(logs, start_time)
         except OSError as error:  # of what reports elsewhere, as TensorBoard on a full disk: the run goes on
@@ -537,8 +552,8 @@ def run_vision_without_pictures(model: torch.nn.Module) -> None:
     """Let a training step on text alone add the sum of no features of a blank picture to the token embeddings.
 
     DDP and DeepSpeed wait for every trained parameter's gradient on every process, whatever one's
-    examples hold. Under ZeRO-3 every process must also run the same modules in the same order, so
-    this is called when the engine has placed its own hooks.
+    examples hold. Under ZeRO-3 every process must also run the same modules in the same order, those
+    that are frozen too, so this is called when the engine has placed its own hooks.
     """
 
     def with_blank_picture(decoder: Phi3VModel, arguments: tuple, keywords: dict[str, Any]) -> tuple | None:
@@ -566,13 +581,19 @@ class _WhileTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         say(f"{len(self.trainer.train_dataset)} examples in an epoch, {state.max_steps} steps")
+        if state.max_steps <= args.warmup_steps and not self.options.dry_run:
+            highest = args.learning_rate * (state.max_steps - 1) / args.warmup_steps
+            say(
+                f"--warmup_steps {args.warmup_steps} leave no step of {state.max_steps} at --learning_rate "
+                f"{args.learning_rate:g}: the highest is {highest:.3g}"
+            )
         forget_memory_peak()  # of loading, and of the evaluation before
         self.trainer.start_counting()
         wrapper = type(self.trainer.model_wrapped).__name__
         expected = "DeepSpeedEngine" if self.options.method in ("full", "frozen") else "DistributedDataParallel"
         if wrapper != expected and (self.options.num_processes > 1 or expected == "DeepSpeedEngine"):
             raise RuntimeError(f"the model is wrapped as {wrapper}; {self.options.method} training needs {expected}")
-        if not self.options.freeze_vision_model:
+        if not self.options.freeze_vision_model or self.trainer.weights_lie_in_pieces:
             run_vision_without_pictures(self.trainer.model)
         # a run that goes on forgets what it had logged after its checkpoint
         self.trainer.write_log(whole=True)
@@ -700,7 +721,7 @@ def look_at_all(
             bad_examples = bad_examples_of(dataset, options)
             bad_examples.add(questions.problems, step=0)
             bad_examples.check()
-        dataset.measured = epochs, questions
+        dataset.measured = questions
     elif begins and (decodes or looked_at < size or epochs > 1):
         drawn = examples_drawn(size, options)
         size = len(drawn)
@@ -748,24 +769,21 @@ def make_batches(
         at_once = options.batch_size_per_gpu
         return GlobalBatchSampler(len(dataset), options.batch_size, at_once, rank, world, options.seed)
     threshold = config.original_max_position_embeddings
-    epochs, wanted = 0, _epochs(len(dataset), options)
-    while wanted > epochs:  # once, and again where without bad examples the epochs are shorter and so more
-        epochs = wanted
-        measured, questions = dataset.measured or (0, None)
-        dataset.measured = None  # the loader's workers would hold it, too
-        if measured != epochs:
-            questions = measure_questions(dataset, processor, threshold, epochs, options.num_workers, options.tqdm)
-        if bad_examples is not None:
-            bad_examples.add(questions.problems, step=0)
-            bad_examples.check()
-        wanted = _epochs(len(questions), options)
+    epochs, questions = _epochs(len(dataset), options), dataset.measured
+    dataset.measured = None  # the loader's workers would hold it, too
+    if questions is None:
+        questions = measure_questions(dataset, processor, threshold, epochs, options.num_workers, options.tqdm)
+    if bad_examples is not None:
+        bad_examples.add(questions.problems, step=0)
+        bad_examples.check()
     most = options.max_tokens_per_gpu or options.batch_size_per_gpu * questions.longest_picture()
     batches = PackedBatchSampler(questions, options.batch_size, most, rank, world, options.seed, epochs)
     set_accumulation(arguments, batches.micro_steps)
-    pictures = f" about {len(questions.picture_tokens)} pictures" if options.share_images else ""
+    good = [picture for number, picture in enumerate(questions.pictures) if number not in questions.bad]
+    pictures = f" about {len(set(good))} pictures" if options.share_images else ""
     excess = 100 * batches.spread(0)
     say(
-        f"{len(questions)} examples{pictures} in an epoch; a step is {world} processes x {batches.micro_steps} packs "
+        f"{len(good)} examples{pictures} in an epoch; a step is {world} processes x {batches.micro_steps} packs "
         f"of at most {most} tokens; the fullest process has {excess:.1f} % more than an equal share"
     )
     return batches
@@ -889,10 +907,8 @@ def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
     """
     folder, beside = options.output_dir, options.output_dir / f"model{INCOMPLETE}"
     state_dict = None
-    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 3:
-        state_dict = trainer.accelerator.get_state_dict(
-            trainer.deepspeed
-        )  # on every process: the weights lie in pieces
+    if trainer.weights_lie_in_pieces:
+        state_dict = trainer.accelerator.get_state_dict(trainer.deepspeed)  # on every process
 
     def write() -> list[str]:
         shutil.rmtree(beside, ignore_errors=True)
@@ -912,7 +928,7 @@ def save(trainer: RecipeTrainer, options: argparse.Namespace) -> None:
     except NotWrittenError as error:
         left = [path.name for path in checkpoints_in(folder)][:1] or ["the beginning"]
         raise UserError(
-            f"the trained model could not be written to {folder} ({error}): make room and start the same command "
+            f"the trained model could not be written to {folder} ({error}): make room and start {command_to_go_on()} "
             f"again, which goes on from {left[0]}"
         ) from error
     free_memory(trainer)

@@ -300,6 +300,7 @@ def loading_options(checkpoint: str | Path, **values: Any) -> argparse.Namespace
         "lora_rank": 4,
         "lora_alpha_ratio": 2,
         "lora_dropout": 0.0,
+        "given": (),
         "freeze_vision_model": False,
         "gradient_checkpointing": "none",
         "max_crops_per_call": None,

@@ -16,6 +16,7 @@ import re
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -28,6 +29,7 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 from common.bad_examples import BadExamples
 from common.cli import BAD_EXAMPLES
 from common.collation import Example, Turn, collate, encode_example
+from common.conversations import measure_image
 from common.data import (
     ExampleDataset,
     ExampleKey,
@@ -39,6 +41,7 @@ from common.data import (
 )
 from common.errors import UserError
 from common.evaluation import Generated, generate_answers
+from common.packing import PackedBatchSampler, measure_questions
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import plan_layout
 from common.training import GlobalBatchSampler, make_batches, make_collator
@@ -234,6 +237,8 @@ def test_storage_that_fails_is_no_bad_picture(processor, tmp_path, monkeypatch):
     """Else a hiccup of it would drop good examples in silence; a file that cannot be read is another matter."""
     (tmp_path / "page.png").write_bytes(encoded_as("PNG"))
     cell = {"bytes": None, "path": str(tmp_path / "page.png")}
+    dataset = ExampleDataset(1, lambda index, generator: decode_image(cell, "row 0"), processor)
+    dataset.skips_bad = True
 
     def fails(*given):
         raise OSError(number, os.strerror(number))
@@ -241,6 +246,13 @@ def test_storage_that_fails_is_no_bad_picture(processor, tmp_path, monkeypatch):
     for number in (errno.EIO, errno.ESTALE, errno.EMFILE):
         with opening_images_by(fails), pytest.raises(OSError, match=re.escape(os.strerror(number))):
             decode_image(cell, "row 0")
+        with monkeypatch.context() as patched:
+            for opener in ("common.data.open_pixels", "common.conversations.open_header"):
+                patched.setattr(opener, fails)
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                dataset[0]
+            with pytest.raises(UserError, match=r"page\.png cannot be read now: .* again$"):
+                measure_image(tmp_path / "page.png")
     number = errno.EACCES
     with (
         opening_images_by(fails),
@@ -476,19 +488,51 @@ def test_packs_of_bad_examples_alone(pages, processor, tmp_path):
         make_batches(dataset, processor, arguments, options, CONFIG, BadExamples(tmp_path, SIZE, 0.1))
 
 
-def test_epochs_without_bad_examples_are_shorter(pages, processor, tmp_path):
-    """Eight steps of two are two epochs of nine questions, but three of six; each is measured in all of them."""
-    options = options_for(max_tokens_per_gpu=800, all_questions=True, batch_size=2, max_steps=8)
-    dataset = dataset_of(pages, processor, all_questions=True)
+@pytest.mark.parametrize("shares", [False, True])
+def test_bad_examples_keep_their_places_in_packed_epochs(pages, processor, tmp_path, shares):
+    """Eight steps of two are two epochs of nine questions, bad ones included: so a run that goes on when pictures were
+    mended, or have broken, has the steps that it had, and sees every other question once an epoch."""
+    options = options_for(max_tokens_per_gpu=800, all_questions=True, batch_size=2, max_steps=8, share_images=shares)
+    dataset = dataset_of(pages, processor, all_questions=True, share_images=shares)
     arguments = SimpleNamespace(process_index=0, world_size=1, deepspeed_plugin=None)
     sampler = make_batches(dataset, processor, arguments, options, CONFIG, BadExamples(tmp_path, SIZE, 0.5))
-    assert sampler.epochs == 3
-    assert len(sampler.questions) == SIZE - 3
-    keys = []
-    for epoch in range(3):
+    assert (sampler.epochs, len(sampler.questions)) == (2, SIZE)
+    assert sampler.questions.bad == {4, 6, 7}
+    mended = PackedBatchSampler(replace(sampler.questions, problems=()), 2, 800, 0, 1, options.seed, epochs=2)
+    for epoch in range(2):
+        steps, of_mended = (
+            [[one for group in batch for one in group] for batch in each.global_batches(epoch)]
+            for each in (sampler, mended)
+        )
+        assert steps == [[one for one in step if one not in sampler.questions.bad] for step in of_mended]
+        assert sorted(one for step in of_mended for one in step) == list(range(SIZE))
+        if not shares:
+            unpacked = GlobalBatchSampler(SIZE, 2, 2, 0, 1, options.seed)
+            unpacked.set_epoch(epoch)
+            assert of_mended == [[key.index for key in keys if key.weight] for keys in unpacked]
         sampler.set_epoch(epoch)
-        keys += [key for pack in sampler for group in pack for key in group if key.weight]
-    assert sorted(key.index for key in keys) == sorted([0, 1, 2, 3, 5, 8] * 3)
+        keys = [key for pack in sampler for group in pack for key in group if key.weight]
+        assert sorted(key.index for key in keys) == [0, 1, 2, 3, 5, 8]
+
+
+def test_a_picture_whose_first_question_is_bad_has_its_tokens_all_the_same(pages, processor):
+    """Of a page whose first answer is empty; a page without bytes has none."""
+    dataset = dataset_of(pages, processor, all_questions=True, share_images=True)
+    whole = measure_questions(dataset, processor, CONFIG.original_max_position_embeddings, 1, 0)
+    make = dataset.make_example
+
+    def without_the_first(index, generator):
+        if index == 3:
+            raise UserError("no answer")
+        return make(index, generator)
+
+    dataset.make_example = without_the_first
+    measured = measure_questions(dataset, processor, CONFIG.original_max_position_embeddings, 1, 0)
+    assert measured.bad == whole.bad | {3}
+    for question in range(SIZE):
+        tokens = 0 if question == 3 else whole.tokens([question])
+        assert measured.tokens([question]) - (measured.picture_tokens[2] if question == 3 else 0) == tokens
+    assert measured.picture_tokens == whole.picture_tokens
 
 
 # Evaluation

@@ -244,6 +244,10 @@ def test_all_problems_at_once(monkeypatch, tmp_path):
     assert "--use_flash_attention" in text
 
 
+def test_evaluation_alone_divides_no_batch(monkeypatch, tmp_path):
+    assert parse(monkeypatch, tmp_path, "--eval_only", processes=3).eval_only
+
+
 def test_deepspeed_that_divides_nothing(monkeypatch, tmp_path):
     (tmp_path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
     with pytest.raises(UserError, match=r"zero_optimization\.stage \(it is 0, not 1 to 3\)"):
@@ -362,6 +366,15 @@ def test_more_processes_than_gpus(monkeypatch, tmp_path):
     ("content", "message"),
     [
         ('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}', "has its own optimizer: take it out"),
+        (
+            '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.5}',
+            'own.json has gradient_clipping 0.5: write "auto" there, for this recipe\'s options set it',
+        ),
+        (
+            '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": true}}',
+            r"(?s)^2 problems:.*has train_micro_batch_size_per_gpu 4: .*has bf16.enabled True: ",
+        ),
+        ('{"zero_optimization": {"stage": 2}}', 'has no train_micro_batch_size_per_gpu: add it with the value "auto"'),
         ('{"zero_optimization": {}}', "no JSON with zero_optimization.stage"),
         ("{", "no JSON with zero_optimization.stage"),
         ("[" * 100_000, "no JSON with zero_optimization.stage"),

@@ -93,6 +93,7 @@ def make_trainer(folder, packs=False, workers=0, example_seconds=0.0, pass_secon
     options = argparse.Namespace(output_dir=folder, learning_rate=0.01, max_bad_steps=3, stopping=Stopping(20))
     options.vision_learning_rate = options.projector_learning_rate = options.eval_steps = None
     options.method, options.num_processes, options.freeze_vision_model = "lora", 1, True
+    options.packs, options.dry_run = packs, False
     model, callback = Model(pass_seconds), _WhileTraining(options, evaluate=None)
     callback.trainer = RecipeTrainer(
         model=model,
@@ -122,6 +123,27 @@ def test_what_is_ready_has_an_end(num_workers):
     """A step of very many micro-batches would not fit into memory twice; two for each worker is torch's default."""
     most = prefetch_factor(100_000, num_workers) * num_workers
     assert MOST_READY <= most < max(MOST_READY + num_workers, 2 * num_workers + 1)
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_the_last_line_tells_no_speed_of_packs(tmp_path, packs):
+    """The Trainer would take each for an example."""
+    trainer = make_trainer(tmp_path, packs, max_steps=2)
+    trainer.train()
+    last = trainer.state.log_history[-1]
+    assert "train_steps_per_second" in last
+    assert ("train_samples_per_second" in last) != packs
+
+
+@pytest.mark.parametrize(("warmup_steps", "highest"), [(3, None), (4, "0.0075"), (10, "0.003")])
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path, capsys, warmup_steps, highest):
+    """Of four steps at a peak of 0.01 the highest rate, which is that of the last one."""
+    trainer = make_trainer(tmp_path, max_steps=4, warmup_steps=warmup_steps, lr_scheduler_type="linear")
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    told = f"--warmup_steps {warmup_steps} leave no step of 4 at --learning_rate 0.01: the highest is {highest}\n"
+    assert (told in capsys.readouterr().out) == (highest is not None)
+    assert max(rates) == pytest.approx(float(highest or 0.01))
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])

@@ -384,6 +384,14 @@ def test_checkpoint_that_was_not_copied_whole(checkpoint, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_options_of_adapters_without_any(checkpoint):
+    """Else all weights would be trained, and nothing told of the rank."""
+    with pytest.raises(UserError, match=r"^--lora_rank, --lora_dropout: of adapters, .* or leave them out$"):
+        check_checkpoint(loading_options(checkpoint, given=("bf16", "lora_rank", "lora_dropout")))
+    for method in ("use_lora", "eval_only"):
+        check_checkpoint(loading_options(checkpoint, given=("lora_rank",), **{method: True}))
+
+
 def test_training_an_adapter_further(checkpoint, tmp_path):
     model, _ = load_for_training(loading_options(checkpoint, use_lora=True))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)

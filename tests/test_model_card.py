@@ -52,6 +52,8 @@ def options_for(folder, **values):
         "num_train_epochs": 2,
         "batch_size": 64,
         "learning_rate": 2e-4,
+        "vision_learning_rate": None,
+        "projector_learning_rate": None,
         "warmup_steps": 50,
         "wd": 0.01,
         "num_crops": 16,
@@ -101,6 +103,14 @@ def test_metadata(tmp_path):
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_name, result.metric_value) == ("anls", "ANLS", 0.8765)
     assert (result.dataset_type, result.dataset_name, result.task_name) == (MINI, MINI, "DocVQA")
+
+
+def test_parts_own_learning_rates(tmp_path):
+    text = write(options_for(tmp_path)).text
+    assert "of the tower" not in text
+    text = write(options_for(tmp_path, vision_learning_rate=1e-6, projector_learning_rate=3e-5)).text
+    assert "| learning rate of the tower | 1e-06, likewise |\n" in text
+    assert "| learning rate of projection and separators | 3e-05, likewise |\n" in text
 
 
 def test_text(tmp_path):

@@ -21,14 +21,16 @@ from PIL import Image
 from transformers import set_seed
 
 from common import data, errors, memory, preflight, training
-from common.checkpoints import STAGES
+from common.checkpoints import STAGES, check_same_run
 from common.cli import BAD_EXAMPLES, LOCK, RUN_RECORD, make_parser, parse_options
 from common.collation import Example, Turn
 from common.data import ExampleDataset, decode_image
 from common.demo import CHECKPOINT, write_docvqa
 from common.errors import MOST_PROBLEMS, OptionsError, UserError
+from common.facts import RUN_FACTS
 from common.loading import load_model, load_processor, prepare_for_training
 from common.phi3v import Phi3VConfig
+from common.report import PICTURES
 from common.training import write_model
 from tests.launch import REPOSITORY, free_port, run_script
 from tests.model_helpers import write_stand_in_checkpoint
@@ -182,8 +184,7 @@ def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch, cap
     dataset = dataset_of()
     preflight.preflight(dataset, processor_of_demo(), options)
     assert "count tokens: 10 of 10 examples" in capsys.readouterr().err
-    epochs, questions = dataset.measured
-    assert epochs == 1
+    questions = dataset.measured
     assert len(questions) == len(dataset)
     monkeypatch.setattr(training, "measure_questions", None)  # not measured again
     config = Phi3VConfig.from_pretrained(CHECKPOINT)
@@ -202,7 +203,7 @@ def test_packs_are_measured_before_weights_are_loaded(tmp_path, monkeypatch, cap
     options = options_of(tmp_path, "--max_tokens_per_gpu", 4000, "--bad_examples", "skip")
     dataset = dataset_of(200, no_header=[UNSEEN])
     preflight.preflight(dataset, processor_of_demo(), options)
-    assert [problem.index for problem in dataset.measured[1].problems] == [UNSEEN]
+    assert [problem.index for problem in dataset.measured.problems] == [UNSEEN]
 
 
 def test_too_many_bad_examples_of_packed_runs_are_noted(tmp_path):
@@ -230,8 +231,21 @@ def test_a_new_run_does_not_count_the_bad_examples_of_a_refused_one(tmp_path):
         (folder / BAD_EXAMPLES).touch()
         if goes_on:
             (folder / RUN_RECORD).touch()
+            (folder / "eval_before.json").touch()
         training._prepare_output_folder(options)
-        assert (folder / BAD_EXAMPLES).exists() == goes_on, name
+        assert (folder / BAD_EXAMPLES).exists() == (folder / RUN_RECORD).exists() == goes_on, name
+
+
+def test_of_a_run_that_was_killed_before_it_had_begun_nothing_counts(tmp_path):
+    """As by torchrun, when another process failed: what its error advises would be refused as another run's options."""
+    options = options_of(tmp_path)
+    (tmp_path / PICTURES).mkdir()
+    for name in (RUN_RECORD, RUN_FACTS, f"{PICTURES}/0.jpg"):
+        (tmp_path / name).touch()
+    training._prepare_output_folder(options)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    check_same_run(tmp_path, {"num_crops": 8})
+    assert json.loads((tmp_path / RUN_RECORD).read_text()) == {"num_crops": 8}
 
 
 def test_examples_that_do_not_fit_are_told_before_any_is_noted_as_bad(tmp_path):

@@ -383,6 +383,21 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == told + "and that it works, then start the same command again\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({}, "the same command"),
+        ({"resume": "auto", "overwrite": False}, "the same command"),
+        ({"resume": "never", "overwrite": True}, "the same command without --overwrite"),
+        ({"resume": "out/checkpoint-5"}, "the same command without --resume out/checkpoint-5"),
+    ],
+)
+def test_by_which_command_a_run_goes_on(monkeypatch, given, command):
+    """The same would delete the checkpoint that it was stopped with, or go back behind it."""
+    monkeypatch.setattr(errors, "_options", SimpleNamespace(**given) if given else None)
+    assert errors.command_to_go_on() == command
+
+
 def test_a_full_disk_s_first_file(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "launcher", lambda: "a torchrun")
     monkeypatch.setattr(training, "_lock", lambda folder: None)  # of a device that other tests may hold

@@ -408,8 +408,8 @@ class Page:
 
     def count(self, files: list[str] | None, question: str) -> str:
         """The prompt's tokens, in words."""
-        sizes = [size for size in map(measure_image, map(Path, files or ())) if not isinstance(size, str)]
         try:
+            sizes = [size for size in map(measure_image, map(Path, files or ())) if not isinstance(size, str)]
             of_pictures, tokens = self.sides[0].count_tokens(sizes, question)
         except UserError as error:
             return PARTS.words(str(error), "problem")
