@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import deepspeed_files
-from .cli import PATHS, RUN_RECORD, Precision
+from .cli import MAX_NEW_TOKENS, PATHS, RUN_RECORD, Precision
 from .errors import (
     NotWrittenError,
     UserError,
@@ -54,6 +54,7 @@ FREE_OPTIONS |= {"num_processes", "batch_size_per_gpu", "accumulation", "max_tok
 # What is kept and which kernels compute changes rounding alone: the cure for too little memory, or another machine's.
 FREE_OPTIONS |= {"gradient_checkpointing", "max_crops_per_call", "attention", "use_liger", "torch_compile"}
 FREE_OPTIONS |= {"use_flash_attention"}  # what else it may imply, the precision, is compared by itself
+EARLIER = {"max_new_tokens": MAX_NEW_TOKENS}  # what runs had before there was an option for it
 IN_WORDS = {"packs": "packed rows (--max_tokens_per_gpu, --share_images)"}  # of what is no option
 
 Files = dict[str, dict[str, Any]]  # path within a folder -> {"bytes", "sha256"}
@@ -243,7 +244,7 @@ def check_same_run(folder: Path, record: Mapping[str, Any], may_begin: bool = Tr
         on_first(lambda: write_json(folder / RUN_RECORD, dict(record)))
         return
     names = [name for name in {**stored, **record} if name not in FREE_OPTIONS]  # which earlier code may have compared
-    pairs = {name: (stored.get(name, "absent"), record.get(name, "absent")) for name in names}
+    pairs = {name: (stored.get(name, EARLIER.get(name, "absent")), record.get(name, "absent")) for name in names}
     different = [
         f"{IN_WORDS.get(name, name)} {its} there, {mine} here" for name, (its, mine) in pairs.items() if its != mine
     ]

@@ -31,6 +31,8 @@ from .model_card import push_problems
 from .phi3v.stock import OLDEST_LIGER, find_fused_cross_entropy
 
 MAX_NUM_CROPS = 16
+MAX_NEW_TOKENS = 64  # of an answer that is evaluated, as published
+MAX_BAD_FRACTION = 0.01
 MOST = 2**31 - 1  # of any number; what is beyond it, the libraries do not take for a seed, a size or a time
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
 # What DeepSpeed's files leave to the options, beside what they are computed in.
@@ -132,7 +134,11 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
         help="what to do about unusable ones (%(default)s)",
     )
     data.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, metavar="X", help="with more of them the run ends (%(default)s)"
+        "--max_bad_fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        metavar="X",
+        help="with more of them the run ends (%(default)s)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", default="./output/", metavar="DIR", help="(%(default)s)")
@@ -168,6 +174,9 @@ def make_parser(description: str, num_crops: int = MAX_NUM_CROPS) -> argparse.Ar
     evaluation.add_argument("--eval_only", action="store_true", help="evaluate --model_name_or_path and stop")
     evaluation.add_argument("--eval_steps", type=int, metavar="N", help="also evaluate every so many steps")
     evaluation.add_argument("--eval_limit", type=int, metavar="N", help="evaluate the first so many examples only")
+    evaluation.add_argument(
+        "--max_new_tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="of an answer (%(default)s)"
+    )
     speed = parser.add_argument_group("speed and memory (docs/speed.md)")
     speed.add_argument(
         "--max_tokens_per_gpu",
@@ -402,7 +411,7 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--num_crops {options.num_crops}: it must be 1 to {MAX_NUM_CROPS}")
     at_least_one = ("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps")
     at_least_one += ("max_tokens_per_gpu", "max_crops_per_call", "eval_batch_size_per_gpu")
-    at_least_one += ("save_steps", "save_total_limit", "max_bad_steps")
+    at_least_one += ("save_steps", "save_total_limit", "max_bad_steps", "max_new_tokens")
     for name in (*at_least_one, "max_steps", "eval_steps", "eval_limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -416,6 +425,15 @@ def _number_problems(options: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} {value}: it must be above 0")
     if not 0 <= options.max_bad_fraction < 1:
         problems.append(f"--max_bad_fraction {options.max_bad_fraction}: it must be at least 0 and under 1")
+    if options.bad_examples != "skip" and options.max_bad_fraction != MAX_BAD_FRACTION:
+        problems.append(
+            f"--max_bad_fraction {options.max_bad_fraction} is for --bad_examples skip: add that, or leave it out"
+        )
+    if options.eval_only and options.push_to_hub:
+        problems.append(
+            f"--push_to_hub {options.push_to_hub} uploads what is trained, and --eval_only trains nothing: leave one "
+            "of them out"
+        )
     if options.dry_run and options.resume not in ("auto", "never"):
         problems.append(
             f"--dry_run takes the first step, and --resume {options.resume} later ones: leave one of them out"

@@ -41,6 +41,12 @@ from .phi3v.image_processing import CROP, plan_layout
 
 ALL_FAULTS = "python -m tools.check_data lists all"
 TURN_FIELDS = ("images", "user", "assistant")
+# Of other formats, beside conversations: what the model would be trained without.
+OTHERS_FIELDS = dict.fromkeys(("image", "video", "videos"), "a turn's pictures are its list images")
+OTHERS_FIELDS |= {
+    "messages": "turns are the list conversations",
+    "system": "write it at the beginning of the user's text",
+}
 # What the tokenizer or the processor would not take as text: tags of images, marks of the chat template and of the
 # beginning and end of a text, also where they are meant as HTML's.
 CONTROL = re.compile(r"<\|(?:image(?:_\d+)?|user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
@@ -321,6 +327,7 @@ def _check_record(record: dict[str, Any], image_dir: Path) -> tuple[list[str], l
     if "source" in record and not isinstance(record["source"], str):
         problems.append(f"source must be a text, not {type(record['source']).__name__}")
     problems += [f"{name} stands in a turn, not beside conversations" for name in TURN_FIELDS if name in record]
+    problems += [f"{name} is not read: {what}" for name, what in OTHERS_FIELDS.items() if name in record]
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         return [*problems, "conversations must be a list with at least one turn"], []

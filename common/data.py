@@ -39,6 +39,7 @@ from .phi3v import Phi3VProcessor
 
 # How a parquet file's name tells its split: `train-00000-of-00004.parquet`, `validation.parquet`.
 SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv")  # that a data set of rows may be kept in elsewhere
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of those beyond 16 bits, as JSON writes it
 PICTURE = {"bytes", "path"}  # the fields of a picture's cell
 FAULT = "fault"  # of a bad line, beside the fields of a row
@@ -207,6 +208,11 @@ def _load_local(path: Path, split: str, option: str, else_file: str) -> datasets
         name = str(table.split) if table.split is not None else None
         _check_split(path, split, option, [SPLIT_NAMES.get(name, name)])
         return table
+    if path.is_file() and path.suffix.lower() in TEXT_FILES:
+        raise UserError(
+            f"{option} {path} is no parquet file: docs/data.md shows how one is made of rows and their pictures' files "
+            "(conversations in JSONL are for finetune_hf_trainer_ucf101.py)"
+        )
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
         known = ["parquet files", "folder saved by datasets", *([else_file] if else_file else [])]
@@ -216,7 +222,7 @@ def _load_local(path: Path, split: str, option: str, else_file: str) -> datasets
         stem = file.name.removesuffix(".parquet").split("-")[0].split("_")[0].split(".")[0]
         by_split.setdefault(SPLIT_NAMES.get(stem), []).append(file)
     _check_split(path, split, option, by_split)
-    chosen = by_split.get(split) or by_split[None]
+    chosen = by_split.get(split) or by_split.get(None) or files
     folders = sorted({str(file.parent) for file in chosen})
     if len(folders) > 1:
         raise UserError(f"{option} {path} holds several data sets: give one of their folders, {', '.join(folders)}")
@@ -240,14 +246,16 @@ def _load_local(path: Path, split: str, option: str, else_file: str) -> datasets
 def _check_split(path: Path, split: str, option: str, found: Iterable[str | None]) -> None:
     """`found`: the splits that are there; None for one that does not tell its name."""
     known = {name for name in found if name is not None}
-    if split in known or (None in found and option != "--data_dir"):
+    # a file that is named for one use is that split, whatever it is called
+    if split in known or (option != "--data_dir" and (None in found or path.is_file())):
         return
     if None in found:
         raise UserError(
             f"{option} {path} does not tell which split it is: call its file {split}.parquet, or save a dictionary of "
             "splits"
         )
-    raise UserError(f"{option} {path} has the splits {sorted(known)}, not {split}: give a copy that has it")
+    other = ", or add --eval_split validation" if split == "test" and "validation" in known else ""
+    raise UserError(f"{option} {path} has the splits {sorted(known)}, not {split}: give a copy that has it{other}")
 
 
 def _load_from_hub(source: str, split: str, option: str) -> datasets.Dataset:

@@ -408,18 +408,18 @@ def advise(error: Exception, options: argparse.Namespace | None) -> str:
     names = ("eval_batch_size_per_gpu", "num_crops") if evaluating else names
     given = " ".join(f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None)
     told += f". This was {'evaluation' if evaluating else options.method + ' fine-tuning'} with {given}"
-    remedies = list(_remedies(options, evaluating)) if on_gpu or str(options.device) == "cpu" else []
+    found = list(remedies(options, evaluating)) if on_gpu or str(options.device) == "cpu" else []
     if unused is not None and asked is not None and unused > asked:
-        remedies.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments")
+        found.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment, against fragments")
     if on_gpu:
-        remedies.append(f"what fits is shown by {_plan(options, size)}")
+        found.append(f"what fits is shown by {_plan(options, size)}")
     else:
         if options.num_workers > 0:
             made = "no batches are made ahead, the step waits for each"
-            remedies.append(f"--num_workers 0 instead of {options.num_workers} ({made})")
+            found.append(f"--num_workers 0 instead of {options.num_workers} ({made})")
         if (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
-            remedies.append(f"--nproc_per_node {here // 2} instead of {here}")
-    return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in remedies)
+            found.append(f"--nproc_per_node {here // 2} instead of {here}")
+    return f"{told}. What needs less memory:\n" + "\n".join(f"  - {remedy}" for remedy in found)
 
 
 def _plan(options: argparse.Namespace, size: float | None) -> str:
@@ -442,7 +442,7 @@ def _plan(options: argparse.Namespace, size: float | None) -> str:
     return words
 
 
-def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
+def remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
     """Options that need less memory, those first that change no result."""
 
     def smaller(name: str, value: int, because: str = "") -> str:
@@ -471,7 +471,9 @@ def _remedies(options: argparse.Namespace, evaluating: bool) -> Iterator[str]:
             if not options.deepspeed and str(options.device) != "cpu":
                 yield "--deepspeed ds_configs/zero2_offload.json, which keeps the optimizer's state off the GPU"
             yield f"--use_lora instead of {options.method} fine-tuning"
-        elif options.method == "lora":
-            yield "--use_qlora instead of --use_lora"
+    if options.method in ("lora", "qlora") and not options.bf16 and str(options.device) != "cpu":
+        yield "--bf16 (Ampere or newer), with which the weights beside the adapters are not kept in float32"
+    if options.method == "lora" and not evaluating:
+        yield "--use_qlora instead of --use_lora"
     if options.num_crops > 1:
         yield smaller("num_crops", options.num_crops // 2, " (less detail of a picture)")

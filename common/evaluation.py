@@ -29,8 +29,6 @@ from .report import MOST_LABELS, save_pictures
 from .stopping import ToldToStopError, outlive_stop_signals
 from .together import on_first
 
-MAX_NEW_TOKENS = 64  # as published
-
 
 class Generated(NamedTuple):
     """One answer.
@@ -106,7 +104,7 @@ def generate_answers(
     options: argparse.Namespace,
     title: str = "evaluate",
     candidates: Sequence[str] = (),
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     pictures: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Greedy answers to the last turn of every example.
@@ -125,7 +123,7 @@ def generate_answers(
             to an example that cannot be made is empty, its candidates are equally probable, and what is wrong is said.
         title: of the progress bar.
         candidates: answers whose probabilities are asked for.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer, where it is not `options.max_new_tokens`.
         pictures: for every example the number of its pictures, the same where they and the text before
             them are the same (`number_pictures`); without it no two examples are taken to share theirs.
 
@@ -137,6 +135,7 @@ def generate_answers(
         ToldToStopError: between steps, on every process, once one of them has received a signal.
     """
     stopping = getattr(options, "stopping", None)  # where nothing trains a signal ends the process at once
+    max_new_tokens = options.max_new_tokens if max_new_tokens is None else max_new_tokens
     rank, world = rank_and_world()
     groups = deal(pictures or range(count), options.eval_batch_size_per_gpu, world)[rank]
     own = sum(map(len, groups))

@@ -94,7 +94,7 @@ def run_facts(options: argparse.Namespace, data: Mapping[str, Mapping[str, str]]
 def _origins(options: argparse.Namespace) -> list[tuple[str, Any, str]]:
     found = []
     for name, value in vars(options).items():
-        if name in ("defaults", "given", "restarted"):
+        if name in ("defaults", "given", "restarted", "resume_from", "stopping"):
             continue
         if name in options.given:
             found.append((name, value, "given"))

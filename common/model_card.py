@@ -77,7 +77,7 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type="image-text-to-text",
-                task_name=task,
+                task_name=task if evaluated_id else None,  # what is local may be anybody's
                 dataset_type=evaluated_id or "local",
                 dataset_name=evaluated_id or Path(evaluated_on).name,
                 metric_type=metric,
@@ -91,7 +91,7 @@ def write_model_card(
     revision = f" at revision `{options.revision}`" if options.revision else ""
     sections = [
         f"# {name}",
-        f"{in_words(base, '')}{revision}, fine-tuned on {task} with the recipes of `phi3v-recipes`.",
+        f"{in_words(base, '')}{revision}, fine-tuned by the recipe for {task} of `phi3v-recipes`.",
         f"## Scores\n\nOn {in_words(evaluated_on)}, answers generated greedily, before and after training:\n",
         table(
             ("metric", "before", "after"),

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from .checkpoints import MANIFEST, checkpoints_in
 from .cli import BITSANDBYTES_OPTIMIZERS
-from .collation import Example, Turn, encode_example
+from .collation import ANSWER_END, Example, Turn, encode_example
 from .conversations import counting_processor
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import (
@@ -33,6 +33,7 @@ from .errors import (
     note_longest,
     raise_all,
     rank_and_world,
+    remedies,
     say,
     shared_memory_in_words,
 )
@@ -53,7 +54,13 @@ CERTAIN = 0.7  # of the estimated activations; Liger's kernels keep less than th
 
 
 class Look(NamedTuple):
-    """What a process has seen of its share of the sample: how many examples, and the sizes of the longest."""
+    """What a process has seen of its share of the sample.
+
+    Attributes:
+        examples, decoded: how many, and of how many the pictures were decoded.
+        tokens, labelled, views: of the longest.
+        answer: tokens of the longest text that ends an example.
+    """
 
     problems: list[str]
     examples: int = 0
@@ -61,6 +68,7 @@ class Look(NamedTuple):
     tokens: int = 0
     labelled: int = 0
     views: int = 0
+    answer: int = 0
 
 
 def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options: argparse.Namespace) -> None:
@@ -85,6 +93,12 @@ def preflight(dataset: ExampleDataset | None, processor: Phi3VProcessor, options
         looks = together(lambda: look_at_examples(dataset, processor, config.max_position_embeddings))
         longest = max(looks, key=lambda look: look.tokens)
         note_longest(longest.tokens, longest.labelled, longest.views)
+        answer = max(look.answer for look in looks)
+        if answer > options.max_new_tokens:
+            say(
+                f"answers are of up to {answer} tokens, and evaluation cuts its own at --max_new_tokens "
+                f"{options.max_new_tokens}"
+            )
         found = [problem for look in looks for problem in look.problems]
         number, decoded = (sum(getattr(look, name) for look in looks) for name in ("examples", "decoded"))
         facts.append(f"{number} of {len(dataset)} examples ({decoded} decoded), of up to {longest.tokens} tokens")
@@ -174,7 +188,8 @@ def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: 
     rank, world = rank_and_world()
     sample = sorted({round(number * (len(dataset) - 1) / (SAMPLE - 1)) for number in range(SAMPLE)})[rank::world]
     counting, began = counting_processor(processor), time.monotonic()
-    problems, sizes, decoded = [], [(0, 0, 0)], 0
+    problems, sizes, decoded, longest_answer = [], [(0, 0, 0)], 0, 0
+    end = len(processor.tokenizer(ANSWER_END, add_special_tokens=False).input_ids)
     for index in sample:
         opener = open_pixels if time.monotonic() - began < SECONDS else open_header
         decoded += opener is open_pixels
@@ -192,10 +207,12 @@ def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: 
             problems.append(f"example {index} cannot be encoded: {type(error).__name__}: {one_line(error)}")
             continue
         ids, labelled = encoded["input_ids"], int((encoded["labels"] != IGNORED_LABEL).sum())
+        last_answer = (encoded["labels"] != IGNORED_LABEL).flip(0).cumprod(0).sum()  # what is labelled at the end
+        longest_answer = max(longest_answer, int(last_answer) - end)
         sizes.append((len(ids), labelled, round(int((ids == processor.image_token_id).sum()) / TOKENS_PER_VIEW)))
         if labelled == 0:
             problems.append(f"{example.id}: no token of {len(ids)} is labelled, so there is nothing to learn from it")
-    return Look(problems, len(sample), decoded, *max(sizes))
+    return Look(problems, len(sample), decoded, *max(sizes), longest_answer)
 
 
 # --- memory and disk
@@ -222,8 +239,7 @@ def memory_problems(options: argparse.Namespace, config: Phi3VConfig, longest: L
     facts.append(f"about {needed:,.2f} GB of GPU memory ({free:,.2f} GB free)")
     what = "evaluation, for the weights alone," if options.eval_only else "a training step"
     advice = "end what else runs on this GPU, or " if free < 0.9 * total else ""
-    advice += "lower --batch_size_per_gpu, --max_tokens_per_gpu or --num_crops, take --gradient_checkpointing full, "
-    advice += "--optim paged_adamw_8bit or --use_lora (python -m tools.plan proposes what fits)"
+    advice += f"{'; or '.join(remedies(options, options.eval_only))} (python -m tools.plan proposes what fits)"
     room = f"and {free:,.2f} of {total:,.2f} GB are free"
     if least > free:
         return [f"{what} takes at least {least:,.2f} GB of GPU memory, {room}: {advice}"]

@@ -142,6 +142,8 @@ FAULTS = [
     ({"conversations": [turn(images=None)]}, "turn 1: images must be a list of paths"),
     ({"conversations": [turn(image=["0.jpg"])]}, "turn 1: unknown field 'image'; a turn has images, user, assistant"),
     ({"images": ["0.jpg"], "conversations": [turn()]}, "images stands in a turn, not beside conversations"),
+    ({"image": "0.jpg", "conversations": [turn()]}, "image is not read: a turn's pictures are its list images"),
+    ({"system": "Be brief.", "conversations": [turn()]}, "system is not read: write it at the beginning of the user's"),
     ({"id": 1.5, "conversations": [turn()]}, "id must be a text or a whole number, not float"),
     ({"source": 3, "conversations": [turn()]}, "source must be a text, not int"),
     ({"conversations": [turn(images=["9.jpg"])]}, "turn 1: IMAGES/9.jpg: there is no such file"),

@@ -209,6 +209,8 @@ WRONG = [
     (("--timeout_minutes", "nan"), "--timeout_minutes nan: it must be above 0"),
     (("--resume", "later"), "--resume later: it is auto, never, or the folder of a checkpoint, and there is none"),
     (("--resume", ".", "--overwrite"), "goes on with a run, and --overwrite begins anew: leave one of them out"),
+    (("--max_bad_fraction", 0.5), "--max_bad_fraction 0.5 is for --bad_examples skip: add that, or leave it out"),
+    (("--max_new_tokens", 0), "--max_new_tokens 0: it must be at least 1"),
     (("--dry_run", "--eval_only"), "--dry_run tries out training, and --eval_only leaves it out"),
     (("--optim", "sgd"), "--optim sgd: it is one of adamw_torch, adamw_torch_fused"),
     (
@@ -242,6 +244,12 @@ def test_all_problems_at_once(monkeypatch, tmp_path):
     assert "give a multiple of 4" in text
     assert "17" in text
     assert "--use_flash_attention" in text
+
+
+def test_evaluation_alone_uploads_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.cli.push_problems", lambda repository: [])  # as where one is logged in
+    with pytest.raises(UserError, match=r"^--push_to_hub a/b uploads what is trained, and --eval_only trains nothing"):
+        parse(monkeypatch, tmp_path, "--eval_only", "--push_to_hub", "a/b")
 
 
 def test_evaluation_alone_divides_no_batch(monkeypatch, tmp_path):

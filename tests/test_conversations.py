@@ -230,6 +230,7 @@ class Recorder(torch.nn.Module):
         self.fed = []
 
     def generate(self, input_ids, attention_mask, pixel_values=None, **others):
+        assert others["max_new_tokens"] == 3
         ends = torch.full((len(input_ids), 1), others["eos_token_id"][0])
         pixels = 0 if pixel_values is None else len(pixel_values)
         self.fed.append(([row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)], pixels))
@@ -245,7 +246,7 @@ def test_evaluation_feeds_what_training_saw(monkeypatch, folder, processor, batc
     monkeypatch.setattr("common.evaluation.causal_lm_of", lambda model: limits)
     precision = Precision("fp32", torch.float32, None)
     options = argparse.Namespace(num_workers=0, precision=precision, device="cpu", tqdm=False, bad_examples="stop")
-    options.report_images = False
+    options.report_images, options.max_new_tokens = False, 3
     options.eval_batch_size_per_gpu = batch_size
     generate_answers(model, processor, len(data), data.example, options)
     fed = [row for rows, _ in model.fed for row in rows]

@@ -138,7 +138,9 @@ def test_splits_are_told_by_file_names(tmp_path):
     mini(4).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     mini(2).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     assert (len(load(tmp_path, "train")), len(load(tmp_path, "test"))) == (4, 2)
-    with pytest.raises(UserError, match=r"has the splits \['test', 'train'\], not validation"):
+    with pytest.raises(
+        UserError, match=r"has the splits \['test', 'train'\], not validation: give a copy that has it$"
+    ):
         load(tmp_path, "validation")
 
 
@@ -214,6 +216,25 @@ def test_file_that_is_no_parquet(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"not a parquet file")
     with pytest.raises(UserError, match=r"cannot be read as parquet .* fetch it again"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "rows.CSV"])
+def test_file_of_text(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name} is no parquet file: docs/data\.md shows how one is made"):
+        load(tmp_path / name)
+
+
+def test_a_file_named_for_one_use_may_have_any_name(tmp_path):
+    """But not where one source is for both; the other name of a split's option is told."""
+    mini(3).to_parquet(tmp_path / "validation.parquet")
+    file = str(tmp_path / "validation.parquet")
+    assert len(docvqa.load_rows(file, "test", docvqa.LAYOUTS, "--eval_data")) == 3
+    for source, option in ((file, "--data_dir"), (str(tmp_path), "--eval_data")):
+        with pytest.raises(
+            UserError, match=r"has the splits \['validation'\], not test: .*, or add --eval_split valid"
+        ):
+            docvqa.load_rows(source, "test", docvqa.LAYOUTS, option)
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):

@@ -105,6 +105,13 @@ def test_metadata(tmp_path):
     assert (result.dataset_type, result.dataset_name, result.task_name) == (MINI, MINI, "DocVQA")
 
 
+def test_ones_own_data_are_not_taken_for_the_published_ones(tmp_path):
+    card = write(options_for(tmp_path), trained_on="/data/b", evaluated_on="/data/c")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.task_name) == ("local", "c", None)
+    assert "fine-tuned by the recipe for DocVQA of `phi3v-recipes`" in card.text
+
+
 def test_parts_own_learning_rates(tmp_path):
     text = write(options_for(tmp_path)).text
     assert "of the tower" not in text

@@ -459,6 +459,29 @@ def test_what_is_given_is_kept_and_what_helps_is_told_where_nothing_fits(capsys)
     assert "in NF4" in shown
 
 
+def test_adapters_without_bf16_are_told_of_it(capsys):
+    words = ("--gpu_memory", "16", "--method", "lora")
+    code, shown = run_plan(capsys, *words)
+    assert code == 1
+    assert re.search(r"^  --bf16 \(Ampere or newer\) +[\d.]+ GB needed, fits$", shown, re.MULTILINE)
+    assert run_plan(capsys, *words, "--bf16")[0] == 0
+    assert "--bf16 (Ampere" not in run_plan(capsys, "--gpu_memory", "16")[1]  # where all weights are in 16 bits anyway
+
+
+def test_the_scripts_names_of_a_method(capsys):
+    for given, same in (
+        (
+            ("--use_lora", "--use_qlora", "--use_flash_attention"),
+            ("--method", "qlora", "--attention", "flash_attention_2"),
+        ),
+        (("--use_lora",), ("--method", "lora")),
+    ):
+        words = ("--gpu_memory", "40", "--bf16")
+        assert run_plan(capsys, *words, *given) == run_plan(capsys, *words, *same)
+    with pytest.raises(UserError, match="--method full and --use_lora: leave one of them out"):
+        plan.parse(["--gpu_memory", "40", "--method", "full", "--use_lora"])
+
+
 def test_packed_rows_have_as_many_tokens_as_are_given(capsys):
     """And no --batch_size_per_gpu, which the scripts refuse beside it; nor need the batch be a multiple of the GPUs."""
     words = ("--gpu_memory", "80", "--method", "lora", "--bf16", "--gpus", "3", "--batch_size", "64")
@@ -521,7 +544,9 @@ def test_options_are_the_scripts_but_for_those_that_are_named():
     scripts = set(make_script_parser("")._option_string_actions)
     own = {option for option in plan.make_parser()._option_string_actions if option not in scripts}
     for text in (plan.__doc__, (REPOSITORY / "docs/memory.md").read_text()):
-        told = re.search(r"Options are the scripts' own, but for (.*?)\. ", " ".join(text.split()))[1]
+        told = re.search(
+            r"Options are those of the scripts that change the memory, and (.*?)\. ", " ".join(text.split())
+        )[1]
         assert set(re.findall(r"--\w+", told)) == own
     for words in METHOD_OPTIONS.values():  # which the parser refuses if it does not know one
         with_scripts_parser(" ".join(words))

@@ -236,6 +236,28 @@ def test_a_new_run_does_not_count_the_bad_examples_of_a_refused_one(tmp_path):
         assert (folder / BAD_EXAMPLES).exists() == (folder / RUN_RECORD).exists() == goes_on, name
 
 
+@pytest.mark.parametrize(("most", "is_told"), [(1, True), (2, False)])
+def test_answers_that_evaluation_would_cut_are_told(tmp_path, capsys, most, is_told):
+    """Of a conversation the last answer's text counts, of two tokens here; not what ends it, nor earlier ones."""
+    tokenizer = processor_of_demo().tokenizer
+    assert len(tokenizer("red red", add_special_tokens=False).input_ids) == 2
+
+    def make_example(index, generator):
+        return Example(f"row {index}", [Turn("What?", "red red red red"), Turn("And then?", "red red")])
+
+    options = options_of(tmp_path, "--max_new_tokens", most)
+    preflight.preflight(ExampleDataset(4, make_example, processor_of_demo()), processor_of_demo(), options)
+    told = f"answers are of up to 2 tokens, and evaluation cuts its own at --max_new_tokens {most}\n"
+    assert (told in capsys.readouterr().out) == is_told
+
+
+def test_a_run_of_before_there_was_an_option_goes_on(tmp_path):
+    check_same_run(tmp_path, {"seed": 0})
+    check_same_run(tmp_path, {"seed": 0, "max_new_tokens": 64})
+    with pytest.raises(UserError, match="max_new_tokens 64 there, 65 here"):
+        check_same_run(tmp_path, {"seed": 0, "max_new_tokens": 65})
+
+
 def test_of_a_run_that_was_killed_before_it_had_begun_nothing_counts(tmp_path):
     """As by torchrun, when another process failed: what its error advises would be refused as another run's options."""
     options = options_of(tmp_path)
@@ -533,7 +555,14 @@ def test_a_gpu_without_room_is_told_with_both_numbers(method, tmp_path, monkeypa
     assert len(problems) == 1
     assert "a training step takes at least " in problems[0]
     assert f"and {peak / 2e9:,.2f} of 80.00 GB are free: end what else runs" in problems[0]
-    assert "lower --batch_size_per_gpu" in problems[0]
+    assert "--use_lora instead of full fine-tuning; or --deepspeed" not in problems[0]
+    assert problems[0].endswith("(python -m tools.plan proposes what fits)")
+    lora = options_of(tmp_path, "--use_lora")
+    lora.device = torch.device("cuda")
+    problems, _ = gpu_problems(monkeypatch, lora, 1e6)
+    assert "--bf16 (Ampere or newer), with which the weights beside the adapters are not kept in float32" in problems[0]
+    for said in ("--use_lora instead", "--batch_size_per_gpu", "--gradient_checkpointing"):  # as they are already
+        assert said not in problems[0]
 
 
 def test_memory_is_of_the_longest_example_seen_and_of_a_full_pack(tmp_path, monkeypatch):

@@ -433,7 +433,7 @@ HUGE = 2**31 - 1
 AT_LEAST_1 = {
     *("batch_size", "batch_size_per_gpu", "num_train_epochs", "lora_rank", "logging_steps", "max_tokens_per_gpu"),
     *("max_crops_per_call", "eval_batch_size_per_gpu", "save_steps", "save_total_limit", "max_steps", "eval_steps"),
-    *("eval_limit", "max_bad_steps"),
+    *("eval_limit", "max_bad_steps", "max_new_tokens"),
 }
 AT_LEAST_0 = {"warmup_steps", "wd", "num_workers", "seed"}
 SHARES = {"lora_dropout", "max_bad_fraction"}  # at least 0 and under 1
@@ -560,7 +560,7 @@ def test_options(parsers, place, task, data):
             assert not out_of_range(name, value), name
     at_once = options.num_processes * options.batch_size_per_gpu
     assert options.num_processes == world
-    assert options.packs or options.batch_size == options.accumulation * at_once
+    assert options.packs or options.eval_only or options.batch_size == options.accumulation * at_once
     assert not options.packs or options.accumulation is None
     assert not (options.max_tokens_per_gpu and options.batch_size_per_gpu > 1)
     assert round(options.lora_rank * options.lora_alpha_ratio) >= 1

@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+import finetune_hf_trainer_docvqa as docvqa
 from benchmarks import demos, render
 from benchmarks.measuring import RESULTS
 from common import demo
@@ -494,12 +495,25 @@ def runs(small, tmp_path_factory):
     return folder
 
 
+def test_rows_of_ones_own_become_a_file(tmp_path, monkeypatch):
+    """The Python of docs/data.md."""
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["data.md"], flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pages").mkdir()
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "pages" / "1.png")
+    exec(block, {})  # the page's own text
+    (tmp_path / "pages" / "1.png").unlink()  # the file has the picture itself
+    rows = docvqa.load_rows("train.parquet", "train", docvqa.LAYOUTS, "--train_data")
+    assert docvqa.questions(rows[0]) == [("What is the date?\nAnswer briefly.", ["8 May", "May 8"])]
+    assert docvqa.ask(rows, 0).turns[0].images[0].size == (30, 40)
+
+
 @pytest.mark.long
 def test_python_blocks(runs, tmp_path):
     """The Python of docs/serving.md, from top to bottom, on what the runs leave; the question is answered."""
     blocks = re.findall(r"```python\n(.*?)```", TEXTS["serving.md"], flags=re.DOTALL)
     assert len(blocks) == 3
-    assert "```python" not in "".join(text for name, text in TEXTS.items() if name != "serving.md")
+    assert "```python" not in "".join(text for name, text in TEXTS.items() if name not in ("serving.md", "data.md"))
     Image.new("RGB", (336, 336), "white").save(tmp_path / "page.png")
     names = {}
     for block in blocks:

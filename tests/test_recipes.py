@@ -241,7 +241,7 @@ DIFFERENT = {
     *("--num_crops", "--bad_examples", "--max_bad_fraction", "--batch_size", "--num_train_epochs", "--max_steps"),
     *("--learning_rate", "--warmup_steps", "--wd", "--dry_run", "--eval_only", "--eval_limit", "--max_tokens_per_gpu"),
     *("--optim", "--use_liger", "--no-use_liger", "--torch_compile", "--vision_learning_rate", "--deepspeed"),
-    "--projector_learning_rate",
+    *("--projector_learning_rate", "--max_new_tokens"),
 }
 
 

@@ -40,12 +40,11 @@ from PIL import Image
 from transformers import StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
-from common.cli import MAX_NUM_CROPS, revision_problems
+from common.cli import MAX_NEW_TOKENS, MAX_NUM_CROPS, revision_problems
 from common.collation import Example, collate, encode_example
 from common.conversations import CONTROL, counting_processor, make_turns, measure_image
 from common.data import decode_image
 from common.errors import UserError, is_out_of_memory, raise_all, run
-from common.evaluation import MAX_NEW_TOKENS
 from common.layers import causal_lm_of
 from common.loading import checkpoint_of, end_token_ids, load_model, load_processor
 from common.phi3v import Phi3VProcessor

@@ -29,12 +29,11 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from common.cli import Precision
+from common.cli import MAX_NEW_TOKENS, Precision
 from common.collation import Example, Turn, encode_example
 from common.conversations import CONTROL
 from common.data import decode_image, one_line
 from common.errors import UserError, raise_all, run
-from common.evaluation import MAX_NEW_TOKENS
 from common.files import INCOMPLETE, sync_to_disk
 from common.loading import checkpoint_of, end_token_ids, find_adapter, load_model, load_processor
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor

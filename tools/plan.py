@@ -5,9 +5,10 @@
     python -m tools.plan --gpu_memory 80 --method lora --bf16 --gradient_checkpointing none --batch_size_per_gpu 4
     python -m tools.plan --gpu_memory 80 --method lora --bf16 --torch_compile --max_tokens_per_gpu 8000
 
-Options are the scripts' own, but for --gpu_memory, --gpus, --method and --attention, and for --tokens, --answer_tokens
-and --images, which describe an example. What is given of --gradient_checkpointing, --optim, --batch_size_per_gpu and
---deepspeed is kept, what is not is searched, in this order, of which the first that fits is proposed:
+Options are those of the scripts that change the memory, and --gpu_memory, --gpus, --method, --attention, and --tokens,
+--answer_tokens and --images, which describe an example. What is given of --gradient_checkpointing, --optim,
+--batch_size_per_gpu and --deepspeed is kept, what is not is searched, in this order, of which the first that fits is
+proposed:
 
 1. The optimizer's state on the GPU before state that leaves it (paged, or DeepSpeed's offload).
 2. Less computed again in the backward pass before more: "full" costs a third of the step's work, "selective" a sixth.
@@ -101,6 +102,8 @@ def in_words(setting: Setting) -> str:
 
 def helps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """What else would need less, one change at a time."""
+    if setting.uses_lora and not setting.bf16:  # else the weights beside the adapters are kept in float32
+        yield "--bf16 (Ampere or newer)", dataclasses.replace(setting, bf16=True)
     for method in METHODS[METHODS.index(setting.method) + 1 :]:
         yield " ".join(METHOD_OPTIONS[method]), dataclasses.replace(setting, method=method, deepspeed=DEEPSPEED)
     if not setting.uses_lora:
@@ -207,7 +210,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_name_or_path", default="official", metavar="NAME", help="a folder with a config.json (%(default)s)"
     )
-    parser.add_argument("--method", choices=METHODS, default="full", help="(%(default)s)")
+    parser.add_argument("--method", choices=METHODS, help="(full, or as the scripts' options say)")
+    parser.add_argument("--use_lora", action="store_true", help="the same as --method lora")
+    parser.add_argument("--use_qlora", action="store_true", help="the same as --method qlora")
     parser.add_argument("--bf16", action="store_true", help="as the scripts': without it float16")
     parser.add_argument(
         "--freeze_vision_model", action="store_true", help="with lora and qlora too: nothing of it trains"
@@ -222,6 +227,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="(%(default)s)"
     )
+    parser.add_argument(
+        "--use_flash_attention",
+        dest="attention",
+        action="store_const",
+        const="flash_attention_2",
+        help="the same as --attention flash_attention_2",
+    )
     return parser
 
 
@@ -232,11 +244,16 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         UserError: with all problems at once.
     """
     options = make_parser().parse_args(words)
+    asked = "qlora" if options.use_qlora else "lora" if options.use_lora else None
+    problems = []
+    if asked and options.method not in (None, asked):
+        problems.append(f"--method {options.method} and --use_{asked}: leave one of them out")
+    options.method = options.method or asked or "full"
     if options.method == "full" and options.freeze_vision_model:
         options.method = "frozen"
     if options.tokens is None:  # the scripts take no example that is longer than a row
         options.tokens = min(Setting.tokens, options.max_tokens_per_gpu or Setting.tokens)
-    problems = [] if options.gpu_memory > 0 else [f"--gpu_memory {options.gpu_memory}: it must be above 0"]
+    problems += [] if options.gpu_memory > 0 else [f"--gpu_memory {options.gpu_memory}: it must be above 0"]
     given = {name: getattr(options, name) for name in ("gpus", *NUMBERS)}
     problems += [
         f"--{name} {value}: it must be at least 1" for name, value in given.items() if value is not None and value < 1

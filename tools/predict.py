@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from common.cli import MAX_NUM_CROPS, choose_precision, revision_problems
+from common.cli import MAX_NEW_TOKENS, MAX_NUM_CROPS, choose_precision, revision_problems
 from common.collation import Example
 from common.conversations import (
     CONTROL,
@@ -46,7 +46,7 @@ from common.conversations import (
 )
 from common.data import decode_image
 from common.errors import UserError, first_of, raise_all, run
-from common.evaluation import MAX_NEW_TOKENS, generate_answers
+from common.evaluation import generate_answers
 from common.files import read_json
 from common.loading import (
     check_checkpoint,
