@@ -193,11 +193,10 @@ def note_longest(tokens: int, answer_tokens: int, views: int) -> None:
 
 def command_to_go_on() -> str:
     """By which command a run that ended goes on from what it has saved: the same, without what begins elsewhere."""
-    given = _options
-    if given is not None and getattr(given, "overwrite", False):
+    if _options is not None and _options.overwrite:
         return "the same command without --overwrite"
-    if given is not None and getattr(given, "resume", "auto") != "auto":
-        return f"the same command without --resume {given.resume}"
+    if _options is not None and _options.resume != "auto":
+        return f"the same command without --resume {_options.resume}"
     return "the same command"
 
 

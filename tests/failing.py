@@ -37,6 +37,7 @@ def options_of(**given: object) -> argparse.Namespace:
     values |= {"freeze_vision_model": False, "deepspeed": None, "device": "cuda", "eval_only": False, "num_workers": 4}
     values |= {"num_processes": 8, "model_name_or_path": "microsoft/Phi-3.5-vision-instruct", "lora_rank": 64}
     values |= {"torch_compile": False, "packs": given.get("max_tokens_per_gpu") is not None}
+    values |= {"overwrite": False, "resume": "auto"}
     return argparse.Namespace(**{**values, **given})
 
 

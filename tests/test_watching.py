@@ -394,7 +394,7 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, capsys, monkeypatch):
 )
 def test_by_which_command_a_run_goes_on(monkeypatch, given, command):
     """The same would delete the checkpoint that it was stopped with, or go back behind it."""
-    monkeypatch.setattr(errors, "_options", SimpleNamespace(**given) if given else None)
+    monkeypatch.setattr(errors, "_options", options_of(**given) if given else None)
     assert errors.command_to_go_on() == command
 
 
