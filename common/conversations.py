@@ -267,6 +267,16 @@ def counting_processor(processor: Phi3VProcessor) -> Phi3VProcessor:
     return Phi3VProcessor(_SizesOnly(processor.image_processor.num_crops), processor.tokenizer)
 
 
+def encode_without_pixels(counting: Phi3VProcessor, example: Example) -> dict[str, Any]:
+    """An example as `encode_example` has it, of its pictures their sizes alone.
+
+    Args:
+        counting: as `counting_processor` makes it.
+    """
+    turns = [Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns]
+    return encode_example(counting, Example(example.id, turns))
+
+
 def measure_lengths(data: Conversations, processor: Phi3VProcessor, limit: int) -> list[tuple[int | None, str | None]]:
     """Encode every conversation as training does, but for the pixels; no picture is opened.
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .collation import Example, Turn, encode_example, prefix_length
-from .conversations import counting_processor
+from .collation import prefix_length
+from .conversations import counting_processor, encode_without_pixels
 from .data import (
     ExampleDataset,
     ExampleKey,
@@ -105,8 +105,7 @@ class _Lengths(torch.utils.data.Dataset):
 
     def _measure(self, index: int, epoch: int) -> tuple[int, int]:
         example = self.dataset.example(index, epoch)
-        turns = [Turn(turn.user, turn.assistant, [image.size for image in turn.images]) for turn in example.turns]
-        ids = encode_example(self.counting, Example(example.id, turns))["input_ids"]
+        ids = encode_without_pixels(self.counting, example)["input_ids"]
         if self.dataset.max_tokens is not None:
             check_length(example.id, len(ids), self.dataset.max_tokens)
         return prefix_length(ids, self.counting.image_token_id), len(ids)

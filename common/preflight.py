@@ -20,8 +20,8 @@ from transformers import set_seed
 
 from .checkpoints import MANIFEST, checkpoints_in
 from .cli import BITSANDBYTES_OPTIMIZERS
-from .collation import ANSWER_END, Example, Turn, encode_example
-from .conversations import counting_processor
+from .collation import ANSWER_END
+from .conversations import counting_processor, encode_without_pixels
 from .data import ExampleDataset, check_length, one_line, open_header, open_pixels, opening_images_by
 from .errors import (
     SHARED_MEMORY,
@@ -196,8 +196,7 @@ def look_at_examples(dataset: ExampleDataset, processor: Phi3VProcessor, limit: 
         try:
             with opening_images_by(functools.cache(opener)):
                 example = dataset.example(index, 0)
-            turns = [Turn(turn.user, turn.assistant, [one.size for one in turn.images]) for turn in example.turns]
-            encoded = encode_example(counting, Example(example.id, turns))
+            encoded = encode_without_pixels(counting, example)
             encoded = dataset[index] if index == sample[0] else encoded
             check_length(example.id, len(encoded["input_ids"]), limit)
         except UserError as error:
