@@ -28,15 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import deepspeed_files
 from .cli import MAX_NEW_TOKENS, PATHS, RUN_RECORD, Precision
-from .errors import (
-    NotWrittenError,
-    UserError,
-    command_to_go_on,
-    is_first_process,
-    raise_all,
-    rank_and_world,
-    say,
-)
+from .errors import NotWrittenError, UserError, command_to_go_on, is_first_process, raise_all, rank_and_world, say
 from .files import INCOMPLETE, read_json, sync_to_disk, write_json
 from .report import PICTURES
 from .stopping import STOPPED, Stopping

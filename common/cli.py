@@ -35,9 +35,13 @@ MAX_NEW_TOKENS = 64  # of an answer that is evaluated, as published
 MAX_BAD_FRACTION = 0.01
 MOST = 2**31 - 1  # of any number; what is beyond it, the libraries do not take for a seed, a size or a time
 DEEPSPEED = "ds_configs/zero2.json"  # what full and frozen-vision fine-tuning run under
-# What DeepSpeed's files leave to the options, beside what they are computed in.
-DEEPSPEED_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-DEEPSPEED_AUTO += ("gradient_clipping",)
+# What DeepSpeed's files leave to the options, beside the precision.
+DEEPSPEED_AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 
 # AdamW as the Trainer names its kinds; of those of bitsandbytes some keep their state in 8 bits, some outside the GPU.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
@@ -581,7 +585,10 @@ def _deepspeed_problems(options: argparse.Namespace) -> list[str]:
 
 
 def _fixed_values(file: Path, configuration: Mapping[str, Any]) -> list[str]:
-    """What a DeepSpeed file has itself of what options say: where they differ the Trainer would stop as it begins."""
+    """What a DeepSpeed file has itself of what options say, also where they agree.
+
+    Where they differ the Trainer would stop as it begins, and options and packs decide at every start.
+    """
     fixed = {name: configuration[name] for name in DEEPSPEED_AUTO if name in configuration}
     for name in ("fp16", "bf16"):
         block = configuration.get(name)

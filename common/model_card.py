@@ -149,8 +149,8 @@ def how_trained(options: argparse.Namespace, adapter: Mapping[str, Any] | None) 
         f", rank {adapter['r']}, alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']:g}" if adapter else ""
     )
     frozen = ", without the image model" if options.use_lora and options.freeze_vision_model else ""
-    rates = {"vision_learning_rate": "of the tower", "projector_learning_rate": "of projection and separators"}
-    others = [(f"learning rate {what}", getattr(options, name)) for name, what in rates.items()]
+    rates = {"of the tower": options.vision_learning_rate}
+    rates["of projection and separators"] = options.projector_learning_rate
     length = f"{options.max_steps} steps" if options.max_steps else f"{options.num_train_epochs} epochs"
     return [
         ("method", METHODS[options.method] + lora + frozen),
@@ -158,7 +158,7 @@ def how_trained(options: argparse.Namespace, adapter: Mapping[str, Any] | None) 
         ("length", length),
         ("examples per step", str(options.batch_size)),
         ("learning rate", f"{options.learning_rate:g}, {options.warmup_steps} warm-up steps, then linear decay"),
-        *((what, f"{rate:g}, likewise") for what, rate in others if rate is not None),
+        *((f"learning rate {of}", f"{rate:g}, likewise") for of, rate in rates.items() if rate is not None),
         ("weight decay", f"{options.wd:g}"),
         ("most sub-images per picture (`num_crops`)", str(options.num_crops)),
         ("seed", str(options.seed)),

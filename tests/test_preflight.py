@@ -555,7 +555,8 @@ def test_a_gpu_without_room_is_told_with_both_numbers(method, tmp_path, monkeypa
     assert len(problems) == 1
     assert "a training step takes at least " in problems[0]
     assert f"and {peak / 2e9:,.2f} of 80.00 GB are free: end what else runs" in problems[0]
-    assert "--use_lora instead of full fine-tuning; or --deepspeed" not in problems[0]
+    assert ("--use_lora instead of" in problems[0]) == (options.method in ("full", "frozen"))
+    assert "--num_crops 8 instead of 16" in problems[0]
     assert problems[0].endswith("(python -m tools.plan proposes what fits)")
     lora = options_of(tmp_path, "--use_lora")
     lora.device = torch.device("cuda")
